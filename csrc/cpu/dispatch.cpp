@@ -1,0 +1,65 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fastfisher::cpu {
+namespace {
+
+// __builtin_cpu_supports asks both CPUID and XGETBV: a processor whose vector state the operating
+// system does not save is reported as not having it.
+std::vector<const KernelTable*> supported_tables() {
+  std::vector<const KernelTable*> tables = {&kernels_baseline()};
+#if defined(FASTFISHER_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    tables.push_back(&kernels_avx2());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      tables.push_back(&kernels_avx512());
+    }
+  }
+#endif
+  return tables;
+}
+
+const KernelTable* initial_table() {
+  const auto tables = supported_tables();
+  const char* cap = std::getenv("FASTFISHER_CPU_ISA");
+  if (cap == nullptr || *cap == '\0') return tables.back();
+  // A cap above what the machine has is no error: it asks for "at most".
+  const std::vector<std::string> order = {"baseline", "avx2", "avx512"};
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (order[i] == cap) return tables[i < tables.size() ? i : tables.size() - 1];
+  }
+  throw std::invalid_argument("FASTFISHER_CPU_ISA: expected baseline, avx2 or avx512, got '" +
+                              std::string(cap) + "'");
+}
+
+std::atomic<const KernelTable*>& current() {
+  static std::atomic<const KernelTable*> table{initial_table()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *current().load(std::memory_order_relaxed); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : supported_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const KernelTable* table : supported_tables()) {
+    if (name == table->name) {
+      current().store(table, std::memory_order_relaxed);
+      return;
+    }
+  }
+  throw std::invalid_argument("isa: this machine cannot run '" + name + "'");
+}
+
+}  // namespace fastfisher::cpu

@@ -1,0 +1,21 @@
+// avx512 variant of kernels_impl.h.
+#include "kernels.h"
+
+// The target stays set to the end of the file, where templates are instantiated. Only kernels.h is
+// included, so no library function is compiled for this instruction set.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+
+#define FF_NAME "avx512"
+#define FF_TABLE kernels_avx512
+#define FF_VECTOR_BYTES 64
+#define FF_MAX_ROWS 14
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

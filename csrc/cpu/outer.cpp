@@ -1,0 +1,531 @@
+// The outer family: out[o, i] += alpha * sum_n (sum_t g[n, t, o] * x[n, t, i])^2 for linear layers
+// with positions and for two-dimensional convolutions as implicit GEMM.
+//
+// A call goes over blocks of samples. A block is packed once (panels of g and x with the channels
+// innermost), then tiles of the output are computed in parallel; each tile loops over the samples
+// of the block. Tiles are split over samples only where there are few of them, by a rule that
+// knows the shape alone, so the result has the same bits for any number of threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "dispatch.h"
+#include "workspace.h"
+
+namespace fastfisher::cpu {
+namespace {
+
+// A block of packed samples should stay in the second-level cache of the cores that share it.
+constexpr int64_t kBlockBytes = int64_t{4} << 20;
+// Lanes of the widest vector of the widest instruction set.
+constexpr int64_t kMaxLanes = 16;
+// Enough tasks that threads finish together; a constant, never the number of threads.
+constexpr int64_t kTasks = 48;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What is contracted: g [N, groups * rows, OH, OW] with x [N, groups * columns, H, W].
+struct Problem {
+  int64_t samples, groups, rows, columns;
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  // Strides of g and x over (sample, channel, line, position), in elements.
+  int64_t g_stride[4];
+  int64_t x_stride[4];
+  // Strides of out over (row, column, kernel line, kernel position).
+  int64_t out_stride[4];
+};
+
+// Positions [begin, end) of the output whose input index o * stride + offset lies in [0, size).
+struct Range {
+  int64_t begin, end;
+};
+
+Range valid_range(int64_t size, int64_t out_size, int64_t stride, int64_t offset) {
+  const int64_t begin = offset >= 0 ? 0 : std::min(out_size, ceil_div(-offset, stride));
+  const int64_t last = size - 1 - offset;
+  const int64_t end = last < 0 ? 0 : std::min(out_size, last / stride + 1);
+  return {begin, std::max(begin, end)};
+}
+
+// How the columns of one panel of input channels are laid out.
+enum class Layout {
+  kTap,      // [H][W][channels]; one product for each kernel position
+  kWindow,   // [H][padded W][channels]; one product for each kernel line
+  kUnrolled  // [OH][OW][kernel line, kernel position, channels]; one product
+};
+
+struct Panel {
+  Layout layout;
+  int64_t first_channel, channels;
+  int64_t line;    // elements from one packed line to the next
+  int64_t sample;  // elements from one packed sample to the next
+  int64_t offset;  // of the panel in the packed block of one group, times samples in the block
+};
+
+// One product of a panel: a rectangle of output positions and where its input begins.
+struct Product {
+  int64_t panel;
+  Range lines, positions;
+  int64_t x_offset;  // from the packed sample's start
+  int64_t x_line, x_position;
+  int64_t columns;
+  int64_t out_offset;
+  std::vector<int64_t> out_column;  // empty where the columns are contiguous in out
+};
+
+template <typename T>
+class Outer {
+ public:
+  Outer(const Problem& problem, const T* g, const T* x, T* out, T alpha)
+      : p_(problem), k_(kernels().of<T>()), g_(g), x_(x), out_(out), alpha_(alpha) {
+    depthwise_ = p_.groups > 1 && p_.rows == 1 && p_.columns == 1;
+    if (depthwise_) {
+      // The channels take the place of the groups: panels of channels, one row each.
+      groups_ = 1;
+      row_panel_ = 2 * k_.vector_lanes;
+      total_rows_ = p_.groups;
+    } else {
+      groups_ = p_.groups;
+      row_panel_ = ceil_div(p_.rows, ceil_div(p_.rows, k_.max_rows));
+      total_rows_ = p_.rows;
+    }
+    row_panels_ = ceil_div(total_rows_, row_panel_);
+    out_positions_ = p_.out_height * p_.out_width;
+    plan_columns();
+  }
+
+  void run() {
+    if (p_.samples == 0 || total_rows_ == 0 || out_positions_ == 0 || products_.empty()) return;
+    const int64_t per_sample = groups_ * (x_sample_ + g_sample_);
+    block_ = std::clamp<int64_t>(
+        kBlockBytes / int64_t(sizeof(T)) / std::max<int64_t>(per_sample, 1), 1, p_.samples);
+    // The panels of g and x of a depthwise product hold the same channels: it has one tile.
+    const int64_t tiles = int64_t(products_.size()) * (depthwise_ ? 1 : groups_ * row_panels_);
+    chunks_ = std::clamp<int64_t>(kTasks / tiles, 1, block_);
+    out_elements_ = span_of_out();
+    // A view of a much larger tensor is not worth a private copy per chunk.
+    const int64_t entries = p_.groups * p_.rows * p_.columns * p_.kernel_height * p_.kernel_width;
+    if (chunks_ == 1 || out_elements_ > 2 * entries) {
+      chunks_ = 1;
+      out_elements_ = 0;
+    }
+
+    // Whole vectors are read and written past the last panel.
+    const int64_t slack = 4 * k_.vector_lanes;
+    const int64_t x_elements = block_ * groups_ * x_sample_ + slack;
+    const int64_t g_elements = block_ * groups_ * g_sample_ + slack;
+    auto* memory = static_cast<T*>(
+        Workspace::get((x_elements + g_elements + chunks_ * out_elements_) * sizeof(T)));
+    x_packed_ = memory;
+    g_packed_ = memory + x_elements;
+    partial_ = g_packed_ + g_elements;
+    std::fill(x_packed_ + x_elements - slack, x_packed_ + x_elements, T(0));
+    std::fill(g_packed_ + g_elements - slack, g_packed_ + g_elements, T(0));
+
+    for (int64_t begin = 0; begin < p_.samples; begin += block_) {
+      const int64_t count = std::min(block_, p_.samples - begin);
+      torch::stable::parallel_for(0, count * groups_, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) pack_sample(begin, i / groups_, i % groups_);
+      });
+      if (chunks_ > 1) std::fill(partial_, partial_ + chunks_ * out_elements_, T(0));
+      torch::stable::parallel_for(0, tiles * chunks_, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) compute(i / chunks_, i % chunks_, count);
+      });
+      if (chunks_ > 1) add_partial();
+    }
+  }
+
+ private:
+  void plan_columns() {
+    const int64_t lanes = k_.vector_lanes;
+    const int64_t channels = depthwise_ ? p_.groups : p_.columns;
+    const int64_t whole = 2 * lanes;
+    x_sample_ = 0;
+    for (int64_t c = 0; c < channels; c += whole) {
+      Panel panel{};
+      panel.first_channel = c;
+      panel.channels = std::min(whole, channels - c);
+      const bool window = p_.kernel_width > 1 && p_.dilation_w == 1;
+      if (depthwise_ || panel.channels == whole) {
+        panel.layout = Layout::kTap;
+      } else if (p_.kernel_height * p_.kernel_width > 1 &&
+                 (!window || p_.kernel_width * panel.channels < lanes)) {
+        panel.layout = Layout::kUnrolled;
+      } else {
+        panel.layout = window ? Layout::kWindow : Layout::kTap;
+      }
+      const int64_t taps = p_.kernel_height * p_.kernel_width;
+      if (panel.layout == Layout::kUnrolled) {
+        panel.line = p_.out_width * taps * panel.channels;
+        panel.sample = p_.out_height * panel.line;
+      } else {
+        panel.line = panel.channels * (panel.layout == Layout::kWindow
+                                           ? (p_.out_width - 1) * p_.stride_w + p_.kernel_width
+                                           : p_.width);
+        panel.sample = p_.height * panel.line;
+      }
+      panel.offset = x_sample_;
+      x_sample_ += panel.sample;
+      panels_.push_back(panel);
+    }
+    g_sample_ = row_panels_ * row_panel_ * out_positions_;
+    for (int64_t i = 0; i < int64_t(panels_.size()); ++i) plan_products(i);
+  }
+
+  void plan_products(int64_t index) {
+    const Panel& panel = panels_[index];
+    const Range all_lines{0, p_.out_height};
+    const Range all_positions{0, p_.out_width};
+    const int64_t first = depthwise_ ? 0 : panel.first_channel * p_.out_stride[1];
+    if (panel.layout == Layout::kUnrolled) {
+      Product product{index, all_lines, all_positions, 0, panel.line, 0, 0, first, {}};
+      product.columns = p_.kernel_height * p_.kernel_width * panel.channels;
+      product.x_position = product.columns;
+      set_columns(product, p_.kernel_height, p_.kernel_width, panel.channels);
+      products_.push_back(std::move(product));
+      return;
+    }
+    for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
+      const int64_t line_offset = kh * p_.dilation_h - p_.pad_h;
+      const Range lines = valid_range(p_.height, p_.out_height, p_.stride_h, line_offset);
+      if (lines.begin >= lines.end) continue;
+      const int64_t x_line = panel.line * p_.stride_h;
+      const int64_t line_start = (lines.begin * p_.stride_h + line_offset) * panel.line;
+      const int64_t out_line = first + kh * p_.out_stride[2];
+      if (panel.layout == Layout::kWindow) {
+        Product product{index,
+                        lines,
+                        all_positions,
+                        line_start,
+                        x_line,
+                        p_.stride_w * panel.channels,
+                        p_.kernel_width * panel.channels,
+                        out_line,
+                        {}};
+        set_columns(product, 1, p_.kernel_width, panel.channels);
+        products_.push_back(std::move(product));
+        continue;
+      }
+      for (int64_t kw = 0; kw < p_.kernel_width; ++kw) {
+        const int64_t offset = kw * p_.dilation_w - p_.pad_w;
+        const Range positions = valid_range(p_.width, p_.out_width, p_.stride_w, offset);
+        if (positions.begin >= positions.end) continue;
+        Product product{index,
+                        lines,
+                        positions,
+                        line_start + (positions.begin * p_.stride_w + offset) * panel.channels,
+                        x_line,
+                        p_.stride_w * panel.channels,
+                        panel.channels,
+                        out_line + kw * p_.out_stride[3],
+                        {}};
+        if (!depthwise_) set_columns(product, 1, 1, panel.channels);
+        products_.push_back(std::move(product));
+      }
+    }
+  }
+
+  void set_columns(Product& product, int64_t kernel_height, int64_t kernel_width,
+                   int64_t channels) const {
+    bool contiguous = true;
+    std::vector<int64_t> offsets;
+    offsets.reserve(product.columns);
+    for (int64_t kh = 0; kh < kernel_height; ++kh) {
+      for (int64_t kw = 0; kw < kernel_width; ++kw) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t offset =
+              kh * p_.out_stride[2] + kw * p_.out_stride[3] + c * p_.out_stride[1];
+          contiguous = contiguous && offset == int64_t(offsets.size());
+          offsets.push_back(offset);
+        }
+      }
+    }
+    if (!contiguous) product.out_column = std::move(offsets);
+  }
+
+  // Elements that out spans from its first to its last entry, all groups together.
+  int64_t span_of_out() const {
+    return 1 + (p_.groups * p_.rows - 1) * p_.out_stride[0] + (p_.columns - 1) * p_.out_stride[1] +
+           (p_.kernel_height - 1) * p_.out_stride[2] + (p_.kernel_width - 1) * p_.out_stride[3];
+  }
+
+  void pack_sample(int64_t begin, int64_t n, int64_t group) {
+    const T* g = g_ + (begin + n) * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
+    T* g_to = g_packed_ + group * block_ * g_sample_;
+    for (int64_t panel = 0; panel < row_panels_; ++panel) {
+      const int64_t first = panel * row_panel_;
+      const int64_t rows = std::min(row_panel_, total_rows_ - first);
+      T* to = g_to + (panel * block_ + n) * row_panel_ * out_positions_;
+      pack_plane(to, row_panel_, g + first * p_.g_stride[1], p_.g_stride, rows, p_.out_height,
+                 p_.out_width, p_.out_width * row_panel_);
+    }
+    const T* x = x_ + (begin + n) * p_.x_stride[0] + group * p_.columns * p_.x_stride[1];
+    T* x_to = x_packed_ + group * block_ * x_sample_;
+    for (const Panel& panel : panels_) {
+      T* to = x_to + panel.offset * block_ + n * panel.sample;
+      const T* from = x + panel.first_channel * p_.x_stride[1];
+      if (panel.layout == Layout::kTap) {
+        pack_plane(to, panel.channels, from, p_.x_stride, panel.channels, p_.height, p_.width,
+                   panel.line);
+      } else if (panel.layout == Layout::kWindow) {
+        pack_window(to, from, panel);
+      } else {
+        pack_unrolled(to, from, panel);
+      }
+    }
+  }
+
+  void pack_plane(T* to, int64_t ld, const T* from, const int64_t* stride, int64_t rows,
+                  int64_t lines, int64_t positions, int64_t line) const {
+    if (stride[2] == positions * stride[3] && line == positions * ld) {
+      positions *= lines;
+      lines = 1;
+    }
+    for (int64_t h = 0; h < lines; ++h) {
+      pack_line(to + h * line, ld, from + h * stride[2], stride[1], stride[3], rows, positions);
+    }
+  }
+
+  // The pack kernel writes whole vectors, which may run over the end of the line into what another
+  // thread packs. The last positions therefore go through a buffer.
+  void pack_line(T* to, int64_t ld, const T* from, int64_t row_stride, int64_t position_stride,
+                 int64_t rows, int64_t positions) const {
+    const int64_t lanes = k_.vector_lanes;
+    const int64_t overrun = (rows > lanes ? 2 * lanes : lanes) - ld;
+    if (overrun <= 0 || row_stride == 1 || position_stride != 1) {
+      k_.pack(to, ld, from, row_stride, position_stride, rows, positions);
+      return;
+    }
+    const int64_t head = std::max<int64_t>(0, positions - ceil_div(overrun, ld)) / lanes * lanes;
+    if (head > 0) k_.pack(to, ld, from, row_stride, 1, rows, head);
+    T buffer[kMaxLanes * (2 * kMaxLanes + 4)];
+    for (int64_t t = head; t < positions; t += lanes) {
+      const int64_t count = std::min(lanes, positions - t);
+      k_.pack(buffer, ld, from + t, row_stride, 1, rows, count);
+      std::copy(buffer, buffer + count * ld, to + t * ld);
+    }
+  }
+
+  void pack_window(T* to, const T* from, const Panel& panel) const {
+    const int64_t padded = panel.line / panel.channels;
+    const int64_t left = std::min(p_.pad_w, padded);
+    const int64_t inside = std::clamp<int64_t>(padded - left, 0, p_.width);
+    for (int64_t h = 0; h < p_.height; ++h) {
+      T* line = to + h * panel.line;
+      std::fill(line, line + left * panel.channels, T(0));
+      pack_line(line + left * panel.channels, panel.channels, from + h * p_.x_stride[2],
+                p_.x_stride[1], p_.x_stride[3], panel.channels, inside);
+      std::fill(line + (left + inside) * panel.channels, line + panel.line, T(0));
+    }
+  }
+
+  void pack_unrolled(T* to, const T* from, const Panel& panel) const {
+    const int64_t columns = p_.kernel_height * p_.kernel_width * panel.channels;
+    int64_t column = 0;
+    for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
+      const int64_t line_offset = kh * p_.dilation_h - p_.pad_h;
+      for (int64_t kw = 0; kw < p_.kernel_width; ++kw) {
+        const int64_t offset = kw * p_.dilation_w - p_.pad_w;
+        const Range valid = valid_range(p_.width, p_.out_width, p_.stride_w, offset);
+        for (int64_t c = 0; c < panel.channels; ++c, ++column) {
+          for (int64_t oh = 0; oh < p_.out_height; ++oh) {
+            const int64_t h = oh * p_.stride_h + line_offset;
+            T* line = to + oh * panel.line + column;
+            const bool inside = h >= 0 && h < p_.height;
+            const Range range = inside ? valid : Range{p_.out_width, p_.out_width};
+            const T* source =
+                from + c * p_.x_stride[1] + h * p_.x_stride[2] + offset * p_.x_stride[3];
+            for (int64_t ow = 0; ow < range.begin; ++ow) line[ow * columns] = T(0);
+            for (int64_t ow = range.begin; ow < range.end; ++ow) {
+              line[ow * columns] = source[ow * p_.stride_w * p_.x_stride[3]];
+            }
+            for (int64_t ow = range.end; ow < p_.out_width; ++ow) line[ow * columns] = T(0);
+          }
+        }
+      }
+    }
+  }
+
+  void compute(int64_t tile_index, int64_t chunk, int64_t count) {
+    const int64_t row_panels = depthwise_ ? 1 : row_panels_;
+    const int64_t rest = tile_index / row_panels;
+    const Product& product = products_[rest % int64_t(products_.size())];
+    const int64_t group = rest / int64_t(products_.size());
+    const int64_t row_panel = depthwise_ ? product.panel : tile_index % row_panels;
+    const int64_t from = count * chunk / chunks_;
+    const int64_t to = count * (chunk + 1) / chunks_;
+    if (from == to) return;
+    const Panel& panel = panels_[product.panel];
+    const int64_t first_row = row_panel * row_panel_;
+
+    const T* g = g_packed_ + group * block_ * g_sample_ +
+                 (row_panel * block_ + from) * row_panel_ * out_positions_ +
+                 (product.lines.begin * p_.out_width + product.positions.begin) * row_panel_;
+    const T* x = x_packed_ + group * block_ * x_sample_ + panel.offset * block_ +
+                 from * panel.sample + product.x_offset;
+    T* out = chunks_ > 1 ? partial_ + chunk * out_elements_ : out_;
+    out += product.out_offset + (group * p_.rows + first_row) * p_.out_stride[0];
+    const T alpha = chunks_ > 1 ? T(1) : alpha_;
+    const int64_t lines = product.lines.end - product.lines.begin;
+    const int64_t positions = product.positions.end - product.positions.begin;
+    const int64_t rows = std::min(row_panel_, total_rows_ - first_row);
+    if (depthwise_) {
+      k_.depthwise_tile({g, row_panel_ * out_positions_, p_.out_width * row_panel_, row_panel_, x,
+                         panel.sample, product.x_line, product.x_position, to - from, lines,
+                         positions, rows, out, p_.out_stride[0], alpha});
+      return;
+    }
+    k_.outer_tile({g, row_panel_ * out_positions_, p_.out_width * row_panel_, row_panel_, x,
+                   panel.sample, product.x_line, product.x_position, to - from, lines, positions,
+                   rows, product.columns, out, p_.out_stride[0],
+                   product.out_column.empty() ? nullptr : product.out_column.data(), alpha});
+  }
+
+  // Entries of out that no product touches stay zero in the partial sums, and gaps between the
+  // strides of out are never written.
+  void add_partial() {
+    const int64_t rows = p_.groups * p_.rows;
+    torch::stable::parallel_for(0, rows, ceil_div(rows, 16), [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; ++row) {
+        for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
+          for (int64_t kw = 0; kw < p_.kernel_width; ++kw) {
+            const int64_t base =
+                row * p_.out_stride[0] + kh * p_.out_stride[2] + kw * p_.out_stride[3];
+            for (int64_t c = 0; c < p_.columns; ++c) {
+              const int64_t at = base + c * p_.out_stride[1];
+              T sum = 0;
+              for (int64_t q = 0; q < chunks_; ++q) sum += partial_[q * out_elements_ + at];
+              out_[at] += alpha_ * sum;
+            }
+          }
+        }
+      }
+    });
+  }
+
+  const Problem p_;
+  const Kernels<T>& k_;
+  const T* g_;
+  const T* x_;
+  T* out_;
+  T alpha_;
+  bool depthwise_ = false;
+  int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0, out_positions_ = 0;
+  int64_t x_sample_ = 0, g_sample_ = 0, block_ = 1, chunks_ = 1, out_elements_ = 0;
+  std::vector<Panel> panels_;
+  std::vector<Product> products_;
+  T* x_packed_ = nullptr;
+  T* g_packed_ = nullptr;
+  T* partial_ = nullptr;
+};
+
+template <typename T>
+void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Tensor& input,
+         double alpha) {
+  Outer<T>(problem, static_cast<const T*>(grad.const_data_ptr()),
+           static_cast<const T*>(input.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+           static_cast<T>(alpha))
+      .run();
+}
+
+void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Tensor& input,
+         double alpha) {
+  if (out.scalar_type() == ScalarType::Float) {
+    run<float>(problem, out, grad, input, alpha);
+  } else {
+    run<double>(problem, out, grad, input, alpha);
+  }
+}
+
+}  // namespace
+
+#define FF_CHECK_OPERANDS(op)                                                                 \
+  FF_CHECK(op, "out", is_floating(out), "expected float32 or float64");                       \
+  FF_CHECK(op, "grad", grad.scalar_type() == out.scalar_type(), "expected the dtype of out"); \
+  FF_CHECK(op, "input", input.scalar_type() == out.scalar_type(), "expected the dtype of out")
+
+void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha) {
+  FF_CHECK_OPERANDS("linear_sum_grad_squared_");
+  FF_CHECK("linear_sum_grad_squared_", "grad", grad.dim() == 3, "expected [N, T, O]");
+  FF_CHECK("linear_sum_grad_squared_", "input",
+           input.dim() == 3 && input.size(0) == grad.size(0) && input.size(1) == grad.size(1),
+           "expected [N, T, I] with the N and T of grad");
+  FF_CHECK("linear_sum_grad_squared_", "out",
+           out.dim() == 2 && out.size(0) == grad.size(2) && out.size(1) == input.size(2),
+           "expected [O, I]");
+  Problem p{};
+  p.samples = grad.size(0);
+  p.groups = 1;
+  p.rows = out.size(0);
+  p.columns = out.size(1);
+  p.height = p.out_height = 1;
+  p.width = p.out_width = grad.size(1);
+  p.kernel_height = p.kernel_width = 1;
+  p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+  const int64_t g_stride[4] = {grad.stride(0), grad.stride(2), 0, grad.stride(1)};
+  const int64_t x_stride[4] = {input.stride(0), input.stride(2), 0, input.stride(1)};
+  const int64_t out_stride[4] = {out.stride(0), out.stride(1), 0, 0};
+  std::copy_n(g_stride, 4, p.g_stride);
+  std::copy_n(x_stride, 4, p.x_stride);
+  std::copy_n(out_stride, 4, p.out_stride);
+  run(p, out, grad, input, alpha);
+}
+
+void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t> stride,
+                              std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                              int64_t groups, double alpha) {
+  FF_CHECK_OPERANDS("conv2d_sum_grad_squared_");
+  FF_CHECK("conv2d_sum_grad_squared_", "grad", grad.dim() == 4, "expected [N, O, OH, OW]");
+  FF_CHECK("conv2d_sum_grad_squared_", "input", input.dim() == 4 && input.size(0) == grad.size(0),
+           "expected [N, C, H, W]");
+  FF_CHECK("conv2d_sum_grad_squared_", "stride, padding, dilation",
+           stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+           "expected two numbers each");
+  FF_CHECK("conv2d_sum_grad_squared_", "stride, padding, dilation",
+           stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 &&
+               padding[0] >= 0 && padding[1] >= 0,
+           "expected stride > 0, dilation > 0, padding >= 0");
+  FF_CHECK("conv2d_sum_grad_squared_", "groups",
+           groups > 0 && input.size(1) % groups == 0 && grad.size(1) % groups == 0,
+           "expected a divisor of the channels of input and grad");
+  FF_CHECK("conv2d_sum_grad_squared_", "out",
+           out.dim() == 4 && out.size(0) == grad.size(1) && out.size(1) == input.size(1) / groups,
+           "expected [O, C / groups, KH, KW]");
+  Problem p{};
+  p.samples = grad.size(0);
+  p.groups = groups;
+  p.rows = out.size(0) / groups;
+  p.columns = out.size(1);
+  p.height = input.size(2);
+  p.width = input.size(3);
+  p.out_height = grad.size(2);
+  p.out_width = grad.size(3);
+  p.kernel_height = out.size(2);
+  p.kernel_width = out.size(3);
+  p.stride_h = stride[0];
+  p.stride_w = stride[1];
+  p.pad_h = padding[0];
+  p.pad_w = padding[1];
+  p.dilation_h = dilation[0];
+  p.dilation_w = dilation[1];
+  FF_CHECK("conv2d_sum_grad_squared_", "grad",
+           (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_height - 1) - 1) / p.stride_h + 1 ==
+                   p.out_height &&
+               (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_width - 1) - 1) / p.stride_w + 1 ==
+                   p.out_width,
+           "its height and width do not follow from input, stride, padding and dilation");
+  for (int i = 0; i < 4; ++i) {
+    p.g_stride[i] = grad.stride(i);
+    p.x_stride[i] = input.stride(i);
+    p.out_stride[i] = out.stride(i);
+  }
+  run(p, out, grad, input, alpha);
+}
+
+}  // namespace fastfisher::cpu

@@ -1,0 +1,37 @@
+// A buffer that grows and is kept by the calling thread, so that a call per layer does not ask the
+// system for fresh pages each time.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fastfisher::cpu {
+
+class Workspace {
+ public:
+  // `bytes` of memory, aligned to a cache line, valid until the next call on this thread.
+  static void* get(size_t bytes) {
+    thread_local Workspace workspace;
+    if (bytes > workspace.bytes_) {
+      const size_t rounded = (bytes + 4095) / 4096 * 4096;
+      workspace.memory_.reset();
+      workspace.bytes_ = 0;
+      void* memory = std::aligned_alloc(64, rounded);
+      if (memory == nullptr) throw std::bad_alloc();
+      workspace.memory_.reset(memory);
+      workspace.bytes_ = rounded;
+    }
+    return workspace.memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace fastfisher::cpu

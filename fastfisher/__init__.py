@@ -1,0 +1,17 @@
+"""fastfisher: exact diagonal Fisher information for the price of one backward pass."""
+
+from .fisher_diag import FallbackWarning, FisherDiag, fisher_diag
+from .masking import Mask, fisher_mask_, random_mask_
+from .unlearning import UnlearnResult, unlearn
+
+__version__ = "0.1.0"
+__all__ = [
+    "FallbackWarning",
+    "FisherDiag",
+    "Mask",
+    "UnlearnResult",
+    "fisher_diag",
+    "fisher_mask_",
+    "random_mask_",
+    "unlearn",
+]

@@ -1,0 +1,619 @@
+"""The diagonal Fisher of a model over a data set, in one forward and one backward pass a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .attribution import PROBES, Layout, lay_out
+from .losses import resolve_loss
+from .recorder import Recorder, SampleAxis, Site
+from .reference import PerSampleLoss
+from .rules import RULES
+from .rules.fallback import sum_grad_squared
+
+__all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
+
+# Per-sample gradients of a parameter with several uses are formed for this many elements at once.
+_JOINT_ELEMENTS = 1 << 24
+
+
+class FallbackWarning(UserWarning):
+    """Some parameters were computed exactly, but not by a fast rule."""
+
+
+class FisherDiag(Mapping[str, Tensor]):
+    """A diagonal Fisher: one tensor per parameter, named as in ``model.named_parameters()``.
+
+    Attributes:
+        samples: how many samples it was computed from.
+        kind: ``"empirical"``.
+        reduction: ``"mean"`` (divided by ``samples``) or ``"sum"``.
+        rules: for each parameter, what computed it.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        samples: int,
+        kind: str = "empirical",
+        reduction: str = "mean",
+        rules: Mapping[str, str] | None = None,
+    ) -> None:
+        self._values = dict(values)
+        self.samples = samples
+        self.kind = kind
+        self.reduction = reduction
+        self.rules = dict(rules or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return (
+            f"FisherDiag({len(self)} parameters, samples={self.samples}, kind={self.kind!r}, "
+            f"reduction={self.reduction!r})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; the other attributes go into its JSON header."""
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        header = {
+            "format": "fastfisher.FisherDiag/1",
+            "samples": str(self.samples),
+            "kind": self.kind,
+            "reduction": self.reduction,
+            "rules": json.dumps(self.rules),
+        }
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            values = {name: value.contiguous() for name, value in self._values.items()}
+            save_file(values, temporary, metadata=header)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FisherDiag:
+        """Reads a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is not one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path: {os.fspath(path)!r} is not a safetensors file") from error
+        if header.get("format") != "fastfisher.FisherDiag/1":
+            raise ValueError(f"path: {os.fspath(path)!r} holds no FisherDiag")
+        return cls(
+            values,
+            samples=int(header["samples"]),
+            kind=header["kind"],
+            reduction=header["reduction"],
+            rules=json.loads(header["rules"]),
+        )
+
+
+def fisher_diag(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
+    kind: str = "empirical",
+    reduction: str = "mean",
+    parameters: Iterable[str] | None = None,
+    strict: bool = True,
+    progress: bool = False,
+) -> FisherDiag:
+    """The exact diagonal Fisher information of ``model`` over ``data``.
+
+    For each parameter entry, the sum over samples of the squared gradient of that sample's loss
+    (paper, section 3.1, with the observed labels: the empirical Fisher), divided by the number of
+    samples. Costs about one forward and one backward pass and, beside the model, one buffer of the
+    size of its parameters.
+
+    Every parameter is exact, by a fast rule or, slower, by ``torch.func`` (see ``.rules`` of the
+    result; :class:`FallbackWarning` says so once), or the call raises. ``model`` is put in eval
+    mode for the pass and given back as it was: modes, buffers, ``.grad`` and hooks.
+
+    Args:
+        model: called as ``model(input)``, or ``model(*input)`` for a tuple or list, or
+            ``model(**input)`` for a mapping. Its result for one sample must not depend on the
+            other samples of the batch.
+        data: batches ``(input, target)``; tensors have the ``N`` samples of the batch along their
+            first axis.
+        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error), ``"bce_with_logits"``, or a
+            callable ``(output, target) -> [N]`` of per-sample losses.
+        kind: ``"empirical"``.
+        reduction: ``"mean"`` over the samples, or ``"sum"``.
+        parameters: names to compute; None is every parameter that requires grad.
+        strict: raise where a parameter cannot be computed; otherwise leave it out and warn.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        A mapping from parameter names to tensors of the parameter's shape, float64 for float64
+        parameters and float32 for all others.
+
+    Raises:
+        ValueError: an argument is not as described, or ``data`` has no sample.
+        RuntimeError: a parameter's Fisher cannot be computed exactly; names it and says why.
+    """
+    loss_fn = resolve_loss(loss)
+    if kind != "empirical":
+        raise ValueError(f"kind: expected 'empirical', got {kind!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    run = _Pass(model, loss_fn, _chosen_parameters(model, parameters), strict, callable(loss))
+    with _left_as_found(model), torch.enable_grad():
+        for inputs, targets in _with_progress(data, progress):
+            run.add_batch(inputs, targets)
+    return run.finish(kind, reduction)
+
+
+def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    everything = dict(model.named_parameters())
+    if names is None:
+        chosen = {name: p for name, p in everything.items() if p.requires_grad}
+    else:
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in everything:
+                raise ValueError(f"parameters: the model has no parameter {name!r}")
+            if not everything[name].requires_grad:
+                raise ValueError(f"parameters: {name!r} does not require grad")
+        chosen = {name: everything[name] for name in everything if name in set(wanted)}
+    if not chosen:
+        raise ValueError("model: expected at least one parameter that requires grad")
+    for name, parameter in chosen.items():
+        if not parameter.dtype.is_floating_point:
+            raise ValueError(f"parameters: {name!r} has dtype {parameter.dtype}, not a real one")
+    return chosen
+
+
+def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return data
+    from tqdm import tqdm
+
+    return tqdm(data, desc="fisher", unit="batch", leave=False, disable=None)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards modes, buffers and gradients are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    try:
+        model.eval()
+        for parameter, _ in grads:
+            parameter.grad = None
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _count(inputs: Any, targets: Any) -> int:
+    sizes = {leaf.shape[:1] for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "data: expected (input, target) batches whose tensors agree in their first axis, got "
+            f"sizes {sorted(tuple(size) for size in sizes)}"
+        )
+    return int(sizes.pop()[0])
+
+
+def _first(value: Any, count: int) -> Any:
+    return tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _detached(value: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _graph(output: Tensor) -> set[torch.autograd.graph.Node]:
+    """Every node of the graph behind ``output``."""
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+@dataclass
+class _Probe:
+    """What two samples tell of a model's forward pass."""
+
+    layouts: list[Layout]
+    #: Parameters that need the fallback, and why.
+    reasons: dict[str, str]
+
+
+# What the last pass over a model found. The next one checks, site by site, that it still holds.
+_probes: weakref.WeakKeyDictionary[nn.Module, _Probe] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Pass:
+    """One run over a data set."""
+
+    model: nn.Module
+    loss: PerSampleLoss
+    chosen: dict[str, nn.Parameter]
+    strict: bool
+    custom_loss: bool
+    samples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
+    #: Parameters served by the fallback, and why.
+    reasons: dict[str, str] = field(default_factory=dict)
+    probe: _Probe | None = None
+
+    def __post_init__(self) -> None:
+        # Parameters that were not chosen are followed too: an output that required grad through
+        # one of them would hide that the backward pass must start at a site.
+        self.tracked = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.versions = {name: p._version for name, p in self.tracked.items()}
+
+    # -- a batch -----------------------------------------------------------------------------
+
+    def add_batch(self, inputs: Any, targets: Any) -> None:
+        count = _count(inputs, targets)
+        if count == 0:
+            return
+        inputs, targets = _detached(inputs), _detached(targets)
+        probe = self.probe or _probes.get(self.model)
+        if probe is None:
+            probe = self._probe(inputs, targets, count)
+        batch = _Batch(self, count)
+        losses = batch.forward(inputs, targets)
+        if not batch.attribute(probe):
+            # Other calls than in the probe: control flow that depends on data, or a new shape.
+            probe = self._probe(inputs, targets, count)
+            batch = _Batch(self, count)
+            losses = batch.forward(inputs, targets)
+            if not batch.attribute(probe):
+                batch.give_up("the forward pass makes other calls for other samples")
+        self.probe = probe
+        _probes[self.model] = probe
+        batch.backward(losses, inputs)
+        self._fall_back(batch, inputs, targets)
+        self.samples += count
+
+    def _fall_back(self, batch: _Batch, inputs: Any, targets: Any) -> None:
+        names = [name for name in self.chosen if name in batch.reasons]
+        if not names:
+            return
+        new = [name for name in names if name not in self.reasons]
+        for name in new:
+            self.reasons[name] = batch.reasons[name]
+        try:
+            sums, way = sum_grad_squared(self.model, inputs, targets, self.loss, names, batch.count)
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            warnings.warn(f"left out: {error}", FallbackWarning, stacklevel=4)
+            for name in names:
+                del self.chosen[name]
+                self.sums.pop(name, None)
+            return
+        for name in names:
+            self.sum_of(name).add_(sums[name])
+            self.rules[name] = f"fallback: {way} ({self.reasons[name]})"
+        if new:
+            listed = "; ".join(f"{name}: {self.reasons[name]}" for name in new)
+            warnings.warn(
+                f"no fast rule for {len(new)} parameter(s), computed by the slower {way}: {listed}",
+                FallbackWarning,
+                stacklevel=4,
+            )
+
+    def sum_of(self, name: str, memory_format: torch.memory_format | None = None) -> Tensor:
+        """The buffer that a parameter's squares are added to."""
+        if name not in self.sums:
+            parameter = self.chosen[name]
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            self.sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device).to(
+                memory_format=memory_format or torch.contiguous_format
+            )
+        return self.sums[name]
+
+    def leaves(self, recorder: Recorder, inputs: Any) -> list[Tensor]:
+        """Where backward must arrive for every site to be passed: parameters come first."""
+        # A model may ask for the gradient of its input.
+        wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        return [*self.tracked.values(), recorder.anchor, *wanted]
+
+    # -- the probe ---------------------------------------------------------------------------
+
+    def _probe(self, inputs: Any, targets: Any, count: int) -> _Probe:
+        """Runs two samples and differentiates each one's output on its own."""
+        n = min(PROBES, count)
+        reached: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        current = 0
+
+        def on_grad(site: Site, grad: Tensor) -> None:
+            reached[id(site)][current] = grad != 0
+
+        recorder = Recorder(self.tracked, RULES, on_grad)
+        inputs, targets = _first(inputs, n), _first(targets, n)
+        with recorder:
+            output = _call(self.model, inputs)
+            losses = self._losses(output, targets, n)
+        if self.custom_loss:
+            self._check_loss(output, targets, n)
+        reasons = self._hidden_uses(losses, recorder, inputs)
+        if n > 1 and not self._independent(output, inputs):
+            reason = "one sample's output depends on the other samples of its batch"
+            reasons = dict.fromkeys(self.tracked, reason)
+        values = losses
+        if isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] == n:
+            # Weights drawn once: a loss that is already zero would reach nothing.
+            weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(0))
+            values = (output * weights.to(output)).flatten(1).sum(1)
+        if values.requires_grad and n == PROBES:
+            for current in range(n):
+                leaves = self.leaves(recorder, inputs)
+                torch.autograd.grad(values[current], leaves, retain_graph=True, allow_unused=True)
+        layouts = [lay_out(site, reached[id(site)]) for site in recorder.sites]
+        return _Probe(layouts if n == PROBES else [], reasons)
+
+    def _independent(self, output: Any, inputs: Any) -> bool:
+        """Whether the first sample alone gives what it gave beside another one."""
+        with torch.no_grad():
+            alone = _call(self.model, _first(inputs, 1))
+        for one, both in zip(tree_leaves(alone), tree_leaves(output), strict=True):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.shape[:1] == (1,):
+                # Kernels round differently for other batch sizes; samples that mix differ by more.
+                tolerance = torch.finfo(one.dtype).eps ** 0.5
+                bound = tolerance * one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
+                if not bool(((one - both[:1]).abs() <= bound).all()):
+                    return False
+        return True
+
+    def _losses(self, output: Any, targets: Any, count: int) -> Tensor:
+        losses = self.loss(output, targets)
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"loss: expected per-sample losses [N] = [{count}], got {shape}")
+        return losses
+
+    def _check_loss(self, output: Any, targets: Any, count: int) -> None:
+        """Raises if one sample's loss depends on another sample's output."""
+        if count < 2 or not isinstance(output, Tensor) or output.shape[0] != count:
+            return
+        leaf = output.detach().requires_grad_()
+        losses = self._losses(leaf, targets, count)
+        if losses.requires_grad:
+            (grad,) = torch.autograd.grad(losses[0], [leaf])
+            if bool(grad[1:].any()):
+                raise ValueError("loss: one sample's loss depends on another sample's output")
+
+    def _hidden_uses(self, losses: Tensor, recorder: Recorder, inputs: Any) -> dict[str, str]:
+        """Parameters that the graph reaches although every use that the mode saw is detached."""
+        names = {id(parameter): name for name, parameter in self.tracked.items()}
+        known = {id(leaf) for leaf in (recorder.anchor, *tree_leaves(inputs))}
+        reasons: dict[str, str] = {}
+        for node in _graph(losses):
+            variable = getattr(node, "variable", None)
+            if variable is None or id(variable) in known:
+                continue
+            if id(variable) not in names:
+                raise RuntimeError(
+                    "model: it uses a tensor that requires grad and is not one of its "
+                    f"parameters (shape {tuple(variable.shape)}); register or detach it"
+                )
+            reasons[names[id(variable)]] = "used by a function that torch does not show"
+        return reasons
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def finish(self, kind: str, reduction: str) -> FisherDiag:
+        if self.samples == 0:
+            raise ValueError("data: expected at least one sample")
+        for name, parameter in self.tracked.items():
+            if parameter._version != self.versions[name]:
+                raise RuntimeError(f"the forward pass modified parameter {name!r} in place")
+        factor = 1.0 / self.samples if reduction == "mean" else 1.0
+        values = {name: self.sum_of(name).mul_(factor).contiguous() for name in self.chosen}
+        rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}
+        return FisherDiag(values, samples=self.samples, kind=kind, reduction=reduction, rules=rules)
+
+
+@dataclass
+class _Batch:
+    """One forward and one backward pass."""
+
+    run: _Pass
+    count: int
+    #: Parameters that this batch leaves to the fallback, and why.
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.run.tracked, RULES, self._on_grad)
+        self._samples: dict[int, SampleAxis] = {}
+        self._uses: dict[str, int] = defaultdict(int)
+        self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
+        self._done: set[str] = set()
+
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        with self.recorder:
+            output = _call(self.run.model, inputs)
+            return self.run._losses(output, targets, self.count)
+
+    def attribute(self, probe: _Probe) -> bool:
+        """Finds each site's sample axis; False if these are not the calls that were probed."""
+        sites = self.recorder.sites
+        if self.count > 1:
+            if len(sites) != len(probe.layouts) or not all(
+                layout.matches(site) for layout, site in zip(probe.layouts, sites, strict=True)
+            ):
+                return False
+            for layout, site in zip(probe.layouts, sites, strict=True):
+                axis = layout.resolve(site.output_shape, self.count)
+                if isinstance(axis, str):
+                    for name in site.names:
+                        self.reasons.setdefault(name, f"{site.function}: {axis}")
+                else:
+                    self._samples[id(site)] = axis
+        else:
+            for site in sites:
+                self._samples[id(site)] = SampleAxis(1, None)
+        self._collect_reasons(probe.reasons)
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Leaves every parameter to the fallback."""
+        self.reasons = dict.fromkeys(self.run.chosen, reason)
+
+    def _collect_reasons(self, hidden: Mapping[str, str]) -> None:
+        self.reasons.update(hidden)
+        for name, function in self.recorder.unruled.items():
+            self.reasons[name] = f"{function}: no rule"
+        for site in self.recorder.sites:
+            for name in site.names:
+                self._uses[name] += 1
+        for name in self.recorder.without_grad:
+            if name not in self._uses:
+                self.reasons[name] = "used with gradients switched off, perhaps by checkpointing"
+
+    def backward(self, losses: Tensor, inputs: Any) -> None:
+        if losses.requires_grad:
+            # A parameter that still gets a gradient was used where the mode could not see it.
+            leaves = self.run.leaves(self.recorder, inputs)
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                losses.sum(), leaves, allow_unused=True
+            )
+            for name, grad in zip(self.run.tracked, grads, strict=False):
+                if grad is None:
+                    continue
+                if name in self._done:
+                    _probes.pop(self.run.model, None)
+                    raise RuntimeError(
+                        f"parameter {name!r} is used by a function that torch does not show, and "
+                        "was not in the probe; its Fisher would be wrong"
+                    )
+                self.reasons.setdefault(name, "used by a function that torch does not show")
+            self._check_reached(losses)
+        for name in list(self._pending):
+            self._add_jointly(name)
+
+    def _check_reached(self, losses: Tensor) -> None:
+        """Raises if backward passed by a site that the losses depend on."""
+        missed = [site for site in self.recorder.sites if not site.reached]
+        nodes = _graph(losses) if missed else set()
+        for site in missed:
+            if site.node in nodes:
+                raise RuntimeError(
+                    f"backward did not reach {site.function} with parameter "
+                    f"{', '.join(site.names)}; its Fisher would be wrong"
+                )
+
+    # -- during backward ---------------------------------------------------------------------
+
+    def _wanted(self, site: Site) -> dict[str, str]:
+        return {
+            slot: view.name
+            for slot, view in site.use.views.items()
+            if view.name in self.run.chosen and view.name not in self.reasons
+        }
+
+    @torch.no_grad()
+    def _on_grad(self, site: Site, grad: Tensor) -> None:
+        wanted = self._wanted(site)
+        if not wanted:
+            return
+        site.check_saved()
+        alone = {slot: name for slot, name in wanted.items() if self._uses[name] == 1}
+        for slot, name in wanted.items():
+            if slot not in alone:
+                self._pending[name].append((site, slot, grad))
+                if len(self._pending[name]) == self._uses[name]:
+                    self._add_jointly(name)
+        outs = {}
+        for slot, name in alone.items():
+            view = site.use.views[slot]
+            # The convolution kernels write rows of channels.
+            last = not view.steps and len(view.shape) == 4 and site.function == "conv2d"
+            total = self.run.sum_of(name, torch.channels_last if last else None)
+            out = view.replay(total)
+            if out.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
+                self.reasons[name] = f"{site.function}: used through a view that copies"
+                continue
+            outs[slot] = out
+            self._finished(name, site.function)
+        if outs:
+            site.use.accumulate(outs, grad, self._samples[id(site)], 1.0)
+
+    def _finished(self, name: str, function: str) -> None:
+        self._done.add(name)
+        self.run.rules.setdefault(name, function)
+
+    @torch.no_grad()
+    def _add_jointly(self, name: str) -> None:
+        """Adds the gradients of all uses of one parameter, sample by sample, then squares."""
+        uses = self._pending.pop(name)
+        if name in self.reasons:
+            return
+        total = self.run.sum_of(name)
+        step = max(1, _JOINT_ELEMENTS // max(1, total.numel()))
+        for start in range(0, self.count, step):
+            part = slice(start, min(start + step, self.count))
+            joint = total.new_zeros(part.stop - part.start, *total.shape)
+            for site, slot, grad in uses:
+                samples = self._samples[id(site)]
+                each = site.use.per_sample(slot, grad.to(total.dtype), samples, part)
+                view = site.use.views[slot]
+                for row, value in zip(joint, each, strict=True):
+                    view.replay(row).add_(value)
+            total.add_(joint.square_().sum(0))
+        functions = sorted({site.function for site, _, _ in uses})
+        self._finished(name, f"{' + '.join(functions)}, {self._uses[name]} uses")

@@ -1,0 +1,334 @@
+"""Raw operators: schemas, fake kernels, plain-torch default kernels, and the loading of ``_C``.
+
+``torch.ops.fastfisher.*`` exist as soon as this module is imported. Each has a default kernel in
+plain torch that serves any device; where the compiled module is present it takes over on the CPU.
+All of them add to their first arguments in place and return nothing; none is differentiable.
+
+Shapes: ``N`` samples, ``T`` positions of one sample that share the parameter (tokens, pixels,
+uses), ``O``/``C`` output and input features. The per-sample gradient is a sum over positions; it is
+squared per sample, and the squares are summed over samples (paper, section 3.1).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastfisher", "DEF")
+_library.define(
+    "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha) -> ()"
+)
+_library.define(
+    "conv2d_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, int[] stride, "
+    "int[] padding, int[] dilation, int groups, float alpha) -> ()"
+)
+_library.define(
+    "channel_sum_grad_squared_(Tensor(a!)? weight, Tensor(b!)? bias, Tensor grad, Tensor? input, "
+    "Tensor? mean, Tensor? scale, float alpha) -> ()"
+)
+_library.define(
+    "embedding_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor index, int padding_index, "
+    "float alpha) -> ()"
+)
+
+# A default kernel forms per-sample gradients of this many elements at once, at most (or of one
+# sample, where that is more).
+_DEFAULT_CHUNK_ELEMENTS = 1 << 24
+
+
+def _check(op: str, argument: str, condition: bool, expected: str) -> None:
+    torch._check_value(condition, lambda: f"fastfisher::{op}: {argument}: expected {expected}")
+
+
+def _sample_chunks(samples: int, elements: int) -> Sequence[slice]:
+    step = max(1, _DEFAULT_CHUNK_ELEMENTS // max(1, elements))
+    return [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+
+
+def linear_per_sample_grad(grad: Tensor, input: Tensor) -> Tensor:
+    """Per-sample weight gradients ``[N, O, I]`` of ``grad [N, T, O]`` and ``input [N, T, I]``."""
+    return grad.transpose(1, 2) @ input
+
+
+def conv2d_per_sample_grad(
+    grad: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Per-sample weight gradients ``[N, O, C / groups, KH, KW]`` of a 2-d convolution."""
+    samples, rows = grad.shape[:2]
+    unfolded = torch.nn.functional.unfold(
+        input,
+        tuple(kernel_size),
+        dilation=tuple(dilation),
+        padding=tuple(padding),
+        stride=tuple(stride),
+    )
+    x = unfolded.reshape(samples, groups, -1, unfolded.shape[-1])
+    g = grad.reshape(samples, groups, rows // groups, -1)
+    return (g @ x.transpose(2, 3)).reshape(
+        samples, rows, input.shape[1] // groups, kernel_size[0], kernel_size[1]
+    )
+
+
+def channel_per_sample_grad(
+    grad: Tensor, input: Tensor | None, mean: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Per-sample ``(weight, bias)`` gradients, each ``[N, C]``, of ``grad [N, T, C]``."""
+    weight = None
+    if input is not None:
+        xhat = input if mean is None else input - mean
+        weight = (grad * (xhat if scale is None else xhat * scale)).sum(1)
+    return weight, grad.sum(1)
+
+
+def embedding_per_sample_grad(
+    grad: Tensor, index: Tensor, padding_index: int, num_embeddings: int
+) -> Tensor:
+    """Per-sample weight gradients ``[N, V, D]`` of ``grad [N, T, D]`` and ``index [N, T]``."""
+    samples, _, columns = grad.shape
+    if padding_index >= 0:
+        grad = grad.masked_fill((index == padding_index).unsqueeze(-1), 0)
+    out = grad.new_zeros(samples, num_embeddings, columns)
+    return out.scatter_add_(1, index.unsqueeze(-1).expand(-1, -1, columns), grad)
+
+
+def _linear_default(out: Tensor, grad: Tensor, input: Tensor, alpha: float) -> None:
+    for part in _sample_chunks(grad.shape[0], out.numel()):
+        out.add_(linear_per_sample_grad(grad[part], input[part]).square_().sum(0), alpha=alpha)
+
+
+def _conv2d_default(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    alpha: float,
+) -> None:
+    for part in _sample_chunks(grad.shape[0], out.numel()):
+        per_sample = conv2d_per_sample_grad(
+            grad[part], input[part], out.shape[2:], stride, padding, dilation, groups
+        )
+        out.add_(per_sample.square_().sum(0), alpha=alpha)
+
+
+def _channel_default(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+) -> None:
+    weight_grad, bias_grad = channel_per_sample_grad(grad, input, mean, scale)
+    if weight is not None and weight_grad is not None:
+        weight.add_(weight_grad.square_().sum(0), alpha=alpha)
+    if bias is not None:
+        bias.add_(bias_grad.square_().sum(0), alpha=alpha)
+
+
+def _embedding_default(
+    out: Tensor, grad: Tensor, index: Tensor, padding_index: int, alpha: float
+) -> None:
+    # Equal tokens of one sample are summed under one key, so nothing of size N x V x D is formed.
+    samples, _, columns = grad.shape
+    sample = torch.arange(samples, device=index.device).unsqueeze(1)
+    keys, inverse = torch.unique((sample * out.shape[0] + index).flatten(), return_inverse=True)
+    sums = grad.new_zeros(keys.shape[0], columns)
+    sums.index_add_(0, inverse, grad.reshape(-1, columns))
+    tokens = keys % out.shape[0]
+    kept = tokens != padding_index
+    out.index_add_(0, tokens[kept], sums[kept].square_(), alpha=alpha)
+
+
+def _fake(*_args: object, **_kwargs: object) -> None:
+    """The operators only mutate their arguments, whose shapes their wrappers check."""
+
+
+for _name, _kernel in (
+    ("linear_sum_grad_squared_", _linear_default),
+    ("conv2d_sum_grad_squared_", _conv2d_default),
+    ("channel_sum_grad_squared_", _channel_default),
+    ("embedding_sum_grad_squared_", _embedding_default),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastfisher::{_name}", _fake, lib=_library)
+
+_C: Any = None
+_load_error: str | None = None
+try:
+    _C = importlib.import_module("fastfisher._C")
+except ImportError as error:
+    _load_error = str(error)
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled, and what runs.
+
+    Returns:
+        ``compiled`` (bool), ``load_error`` (str or None: why the compiled module is absent),
+        ``cpu_isa`` and ``supported_cpu_isas`` (None and [] without it), and the build's own facts.
+    """
+    if _C is None:
+        return {
+            "compiled": False,
+            "load_error": _load_error,
+            "cpu_isa": None,
+            "supported_cpu_isas": [],
+        }
+    return {
+        "compiled": True,
+        "load_error": None,
+        "cpu_isa": _C.cpu_isa(),
+        "supported_cpu_isas": _C.supported_cpu_isas(),
+        **_C.build_config(),
+    }
+
+
+def linear_sum_grad_squared_(
+    out: Tensor, grad: Tensor, input: Tensor, *, alpha: float = 1.0
+) -> None:
+    """``out[o, i] += alpha * sum_n (sum_t grad[n, t, o] * input[n, t, i])**2``.
+
+    Args:
+        out: ``[O, I]``, any strides; float32 or float64.
+        grad: ``[N, T, O]``, gradient at the layer's output, dtype of ``out``.
+        input: ``[N, T, I]``, the layer's input, dtype of ``out``.
+        alpha: factor of the added squares.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    op = "linear_sum_grad_squared_"
+    _check(op, "grad", grad.dim() == 3, "[N, T, O]")
+    _check(op, "input", input.dim() == 3 and input.shape[:2] == grad.shape[:2], "[N, T, I]")
+    _check(op, "out", out.shape == (grad.shape[2], input.shape[2]), "[O, I]")
+    if grad.shape[1] == 1:
+        # One position: the square of a product is the product of squares, a plain GEMM.
+        out.addmm_(grad[:, 0].square().t(), input[:, 0].square(), alpha=alpha)
+        return
+    torch.ops.fastfisher.linear_sum_grad_squared_.default(out, grad, input, alpha)
+    torch.autograd.graph.increment_version(out)
+
+
+def conv2d_sum_grad_squared_(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    alpha: float = 1.0,
+) -> None:
+    """Adds the summed squares of per-sample weight gradients of a 2-d convolution to ``out``.
+
+    Args:
+        out: ``[O, C / groups, KH, KW]``, any strides (channels_last is the fastest).
+        grad: ``[N, O, OH, OW]``, gradient at the output, dtype of ``out``, any strides.
+        input: ``[N, C, H, W]``, dtype of ``out``, any strides.
+        stride: of the convolution.
+        padding: zeros on both sides of height and width.
+        dilation: of the convolution.
+        groups: of the convolution.
+        alpha: factor of the added squares.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    op = "conv2d_sum_grad_squared_"
+    _check(op, "grad", grad.dim() == 4, "[N, O, OH, OW]")
+    _check(op, "input", input.dim() == 4 and input.shape[0] == grad.shape[0], "[N, C, H, W]")
+    _check(
+        op,
+        "out",
+        out.dim() == 4
+        and groups > 0
+        and out.shape[:2] == (grad.shape[1], input.shape[1] // groups),
+        "[O, C / groups, KH, KW]",
+    )
+    torch.ops.fastfisher.conv2d_sum_grad_squared_.default(
+        out, grad, input, list(stride), list(padding), list(dilation), groups, alpha
+    )
+    torch.autograd.graph.increment_version(out)
+
+
+def channel_sum_grad_squared_(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor | None = None,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+) -> None:
+    """Adds the summed squares of per-channel sums of one sample.
+
+    ``weight[c] += alpha * sum_n (sum_t grad * (input - mean) * scale)**2`` and
+    ``bias[c] += alpha * sum_n (sum_t grad)**2``.
+
+    Args:
+        weight: ``[C]`` or None.
+        bias: ``[C]`` or None.
+        grad: ``[N, T, C]``, any strides.
+        input: ``[N, T, C]``; needed with ``weight``.
+        mean: broadcasts to ``[N, T, C]``; None is zero.
+        scale: broadcasts to ``[N, T, C]``; None is one.
+        alpha: factor of the added squares.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    op = "channel_sum_grad_squared_"
+    _check(op, "grad", grad.dim() == 3, "[N, T, C]")
+    _check(op, "weight, bias", weight is not None or bias is not None, "at least one of them")
+    _check(op, "input", (input is None) == (weight is None), "with weight, and only with it")
+    for name, out in (("weight", weight), ("bias", bias)):
+        _check(op, name, out is None or out.shape == grad.shape[2:], "[C]")
+    if input is not None:
+        _check(op, "input", input.shape == grad.shape, "[N, T, C]")
+        mean = None if mean is None else mean.expand_as(grad)
+        scale = (grad.new_ones(()) if scale is None else scale).expand_as(grad)
+    torch.ops.fastfisher.channel_sum_grad_squared_.default(
+        weight, bias, grad, input, mean, scale, alpha
+    )
+    torch.autograd.graph.increment_version([t for t in (weight, bias) if t is not None])
+
+
+def embedding_sum_grad_squared_(
+    out: Tensor, grad: Tensor, index: Tensor, *, padding_index: int = -1, alpha: float = 1.0
+) -> None:
+    """``out[v] += alpha * sum_n (sum_{t: index[n, t] = v} grad[n, t])**2``.
+
+    Args:
+        out: ``[V, D]``.
+        grad: ``[N, T, D]``, dtype of ``out``.
+        index: int64 ``[N, T]``, each in ``[0, V)``.
+        padding_index: the row that gets no gradient; -1 for none.
+        alpha: factor of the added squares.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    op = "embedding_sum_grad_squared_"
+    _check(op, "out", out.dim() == 2, "[V, D]")
+    _check(op, "grad", grad.dim() == 3 and grad.shape[2:] == out.shape[1:], "[N, T, D]")
+    _check(op, "index", index.shape == grad.shape[:2], "[N, T]")
+    torch.ops.fastfisher.embedding_sum_grad_squared_.default(
+        out, grad, index.long(), padding_index, alpha
+    )
+    torch.autograd.graph.increment_version(out)

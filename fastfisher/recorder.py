@@ -1,0 +1,327 @@
+"""Observation of a forward pass: every use of a parameter, wherever it is called from.
+
+:class:`Recorder` is a ``TorchFunctionMode``. It sees each torch function that receives a tracked
+parameter (or a view of one): from an ``nn.Module``, from ``torch.nn.functional``, from anybody's
+code. A function with a rule becomes a :class:`Site`, whose gradient at the output feeds the kernels
+during backward; ordinary weight gradients are never formed, because the function itself runs on
+detached parameters. A function without a rule sends its parameters to the fallback.
+
+What the mode cannot see (a custom ``autograd.Function``, TorchScript) still reaches the
+parameter's own autograd node, which :mod:`fastfisher.fisher_diag` checks. So coverage is known.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter, or a view of one: ``replay`` takes the same view of another tensor."""
+
+    name: str
+    shape: torch.Size
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def replay(self, tensor: Tensor) -> Tensor:
+        """The same view of ``tensor``, which has the parameter's shape."""
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+
+class Use(Protocol):
+    """What a rule knows about one call: how its output's gradient becomes squared gradients."""
+
+    #: Which parameters the call reads, by the name of the argument.
+    views: Mapping[str, View]
+    #: Axes of the output along which samples may lie.
+    sample_axes: Sequence[int]
+
+    def accumulate(
+        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+    ) -> None:
+        """Adds ``alpha`` times the summed squares to ``outs`` (a subset of ``views``)."""
+
+    def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
+        """Per-sample gradients ``[n, *view.shape]`` of one argument, for samples ``part``."""
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where samples lie in an output: along ``axis``, ``size / count`` entries for each.
+
+    ``minor`` says that the sample index runs fastest within the axis (``[T * N]``), else slowest
+    (``[N * T]``). ``axis`` is None where there is a single sample.
+    """
+
+    count: int
+    axis: int | None
+    minor: bool = False
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as ``[count, ...]``; a merged axis leaves its other factor behind."""
+        if self.axis is None:
+            return tensor.unsqueeze(0)
+        size = tensor.shape[self.axis]
+        if size == self.count:
+            return tensor.movedim(self.axis, 0)
+        if self.minor:
+            parts = tensor.unflatten(self.axis, (size // self.count, self.count))
+            return parts.movedim(self.axis + 1, 0)
+        return tensor.unflatten(self.axis, (self.count, size // self.count)).movedim(self.axis, 0)
+
+
+@dataclass
+class Site:
+    """One recorded call."""
+
+    function: str
+    use: Use
+    output_shape: torch.Size
+    #: Tensors the kernels will read, with their version at the time of the call.
+    saved: tuple[tuple[Tensor, int], ...]
+    #: The output's place in the graph.
+    node: torch.autograd.graph.Node | None = None
+    #: Whether backward has come by.
+    reached: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that the call reads."""
+        return tuple(view.name for view in self.use.views.values())
+
+    def check_saved(self) -> None:
+        """Raises if a saved tensor was modified in place since the call."""
+        for tensor, version in self.saved:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"the input of {self.function} with parameter {', '.join(self.names)} was "
+                    "modified in place after the call; its gradient cannot be computed"
+                )
+
+
+Rule = Callable[["Recorder", Function, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Source(torch.autograd.Function):
+    """Runs a call none of whose inputs require grad, so that backward still reaches its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, compute: Callable[[], Tensor], hook: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.hook = hook
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.hook(grads[0])
+        return None, None, None
+
+
+# Functions that only rearrange entries: a parameter's view is followed through them.
+_VIEW_NAMES = frozenset(
+    (
+        *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint"),
+        *("view", "view_as", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"),
+        *("narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind"),
+        *("__getitem__", "contiguous"),
+    )
+)
+_VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH"))
+_NO_GRADIENT_NAMES = frozenset(("detach", "detach_"))
+
+
+@dataclass
+class Recorder(TorchFunctionMode):
+    """Records the uses of ``parameters`` in the forward pass that runs inside it.
+
+    Args:
+        parameters: every parameter that requires grad, by name.
+        rules: torch function -> rule.
+        on_grad: called during backward with a site and the gradient at its output.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    rules: Mapping[Function, Rule]
+    on_grad: Callable[[Site, Tensor], None]
+    sites: list[Site] = field(default_factory=list)
+    #: Parameters with a use that has no rule, and the function that used them.
+    unruled: dict[str, str] = field(default_factory=dict)
+    #: Parameters used with gradients switched off.
+    without_grad: set[str] = field(default_factory=set)
+    anchor: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.anchor = torch.zeros((), requires_grad=True)
+        # Keyed by identity; the tensors are held so that an id stays theirs.
+        self._tracked: dict[int, tuple[Tensor, View]] = {
+            id(parameter): (parameter, View(name, parameter.shape))
+            for name, parameter in self.parameters.items()
+        }
+
+    # -- for rules ---------------------------------------------------------------------------
+
+    def view(self, value: object) -> View | None:
+        """The view that ``value`` is of a tracked parameter, or None."""
+        entry = self._tracked.get(id(value))
+        return None if entry is None else entry[1]
+
+    def record(
+        self,
+        function: Function,
+        use: Use,
+        inputs: Sequence[Tensor],
+        compute: Callable[[], Tensor],
+    ) -> Tensor:
+        """Runs ``compute`` and arranges that the gradient at its result reaches ``on_grad``.
+
+        Args:
+            function: for messages.
+            use: what the rule knows.
+            inputs: tensors that the call reads beside parameters and that ``use`` holds.
+            compute: runs the function on detached parameters.
+        """
+        site = Site(name_of(function), use, torch.Size(), tuple((x, x._version) for x in inputs))
+
+        def hook(grad: Tensor) -> None:
+            site.reached = True
+            self.on_grad(site, grad)
+
+        if any(x.requires_grad for x in inputs):
+            output = compute()
+            output.register_hook(hook)
+        else:
+            output = _Source.apply(self.anchor, compute, hook)
+        site.output_shape, site.node = output.shape, output.grad_fn
+        self.sites.append(site)
+        return output
+
+    # -- the mode ----------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        views = list(self._views_in((*args, *kwargs.values())))
+        if not views:
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.without_grad.update(view.name for view in views)
+            return func(*args, **kwargs)
+        rule = self.rules.get(func)
+        if rule is not None:
+            result = rule(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        name = name_of(func)
+        if name in _NO_GRADIENT_NAMES:
+            return func(*args, **kwargs)
+        if (name in _VIEW_NAMES or name in _VIEW_PROPERTIES) and self.view(args[0]) is not None:
+            return self._follow_view(func, args, kwargs)
+        expanded = _expanded(func)
+        if expanded is not None:
+            with self:
+                return expanded(*args, **kwargs)
+        result = func(*self._detached(args), **self._detached(kwargs))
+        if any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0]):
+            for view in views:
+                self.unruled.setdefault(view.name, name)
+        return result
+
+    def _views_in(self, values: Sequence[Any]) -> Iterator[View]:
+        for value in values:
+            if isinstance(value, Tensor):
+                entry = self._tracked.get(id(value))
+                if entry is not None:
+                    yield entry[1]
+            elif isinstance(value, (list, tuple)):
+                yield from self._views_in(value)
+            elif isinstance(value, dict):
+                yield from self._views_in(tuple(value.values()))
+
+    def _detached(self, values: Any) -> Any:
+        leaves, spec = tree_flatten(values)
+        return tree_unflatten(
+            [leaf.detach() if id(leaf) in self._tracked else leaf for leaf in leaves], spec
+        )
+
+    def _follow_view(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        base = args[0]
+        view = self._tracked[id(base)][1]
+        result = func(*args, **kwargs)
+        if result is base:
+            return result
+        parts = [result] if isinstance(result, Tensor) else list(result)
+        storage = base.untyped_storage().data_ptr()
+        for index, part in enumerate(parts):
+            if part.untyped_storage().data_ptr() != storage:
+                # A copy: its gradient does flow to the parameter, but not entry by entry here.
+                self.unruled.setdefault(view.name, name_of(func))
+                return func(*self._detached(args), **self._detached(kwargs))
+            at = None if isinstance(result, Tensor) else index
+
+            def step(tensor: Tensor, at: int | None = at) -> Tensor:
+                viewed = func(tensor, *args[1:], **kwargs)
+                return viewed if at is None else viewed[at]
+
+            self._tracked[id(part)] = (
+                part,
+                View(view.name, part.shape, (*view.steps, step)),
+            )
+        return result
+
+
+def name_of(func: Function) -> str:
+    """The name a person knows a torch function by."""
+    name = getattr(func, "__name__", None) or repr(func)
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+_expansions: dict[Function, Function | None] = {}
+
+
+def _expanded(func: Function) -> Function | None:
+    """A copy of a composite Python function that does not hand itself to the mode.
+
+    ``torch.nn.functional`` functions start with "if has_torch_function(...): return
+    handle_torch_function(...)". Run again under the mode they would come back here for ever; with
+    that test answering no, the torch functions in their bodies are observed one by one.
+    """
+    if func not in _expansions:
+        expanded = None
+        if isinstance(func, types.FunctionType):
+            tests = [name for name in func.__globals__ if name.startswith("has_torch_function")]
+            if any(name in func.__code__.co_names for name in tests):
+                expanded = types.FunctionType(
+                    func.__code__,
+                    {**func.__globals__, **dict.fromkeys(tests, _no_torch_function)},
+                    func.__name__,
+                    func.__defaults__,
+                    func.__closure__,
+                )
+                expanded.__kwdefaults__ = func.__kwdefaults__
+        _expansions[func] = expanded
+    return _expansions[func]
+
+
+def _no_torch_function(*_: object) -> bool:
+    return False

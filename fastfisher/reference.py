@@ -1,0 +1,109 @@
+"""The oracle: diagonal Fisher by ``torch.func`` and by a loop of single-sample backward passes.
+
+Slow and simple on purpose. Tests compare every fast path with :func:`fisher_diag_loop`;
+benchmarks time :func:`fisher_diag_func`; :mod:`fastfisher.rules.fallback` serves parameters that no
+rule covers with the same two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def sum_grad_squared_loop(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: PerSampleLoss,
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """Sum over the samples of a batch of squared per-sample gradients, one backward a sample.
+
+    Args:
+        model: called as ``model(inputs[n:n+1])``; its mode is left alone.
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]``.
+        loss: ``(output, target) -> [N]`` losses, one a sample.
+        names: parameters to differentiate, as in ``model.named_parameters()``.
+
+    Returns:
+        One tensor per name, of the parameter's shape and dtype.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = [named[name] for name in names]
+    totals = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+    with torch.enable_grad():
+        for n in range(inputs.shape[0]):
+            value = loss(model(inputs[n : n + 1]), targets[n : n + 1]).sum()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient.detach().to_dense().square())
+    return dict(zip(names, totals, strict=True))
+
+
+def sum_grad_squared_func(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: PerSampleLoss,
+    names: Sequence[str],
+    *,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """The same quantity by ``torch.func.vmap(grad)``; memory is O(chunk_size * P).
+
+    Args:
+        model: called through ``torch.func.functional_call``; its mode is left alone.
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]``.
+        loss: ``(output, target) -> [N]`` losses, one a sample.
+        names: parameters to differentiate.
+        chunk_size: samples whose gradients are held at once; ``None`` holds all ``N``.
+
+    Returns:
+        One tensor per name, of the parameter's shape and dtype.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {name: named[name].detach() for name in names}
+
+    def sample_loss(parameters: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, dict(parameters), (x.unsqueeze(0),))
+        return loss(output, y.unsqueeze(0)).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0, 0))
+    step = chunk_size or inputs.shape[0]
+    totals = {name: torch.zeros_like(p) for name, p in chosen.items()}
+    for start in range(0, inputs.shape[0], step):
+        gradients = per_sample(chosen, inputs[start : start + step], targets[start : start + step])
+        for name, gradient in gradients.items():
+            totals[name] += gradient.square().sum(0)
+    return totals
+
+
+def fisher_diag_loop(
+    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: PerSampleLoss
+) -> dict[str, Tensor]:
+    """Mean over the samples of ``data`` of squared per-sample gradients (paper, section 3.1).
+
+    Args:
+        model: put it in eval mode first.
+        data: iterable of ``(input, target)`` batches.
+        loss: ``(output, target) -> [N]`` losses.
+
+    Returns:
+        One tensor per parameter that requires grad.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    totals: dict[str, Tensor] = {}
+    samples = 0
+    for inputs, targets in data:
+        samples += inputs.shape[0]
+        for name, value in sum_grad_squared_loop(model, inputs, targets, loss, names).items():
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: total / samples for name, total in totals.items()}

@@ -1,0 +1,48 @@
+"""What several rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..recorder import Recorder, View
+
+
+def bind(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of a built-in function by name; built-ins have no signature to ask."""
+    bound = dict(defaults)
+    bound.update(zip(names, args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+def detach(value: Any) -> Any:
+    """A tensor without its history; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def parameter_views(
+    recorder: Recorder, bound: Mapping[str, Any], slots: Sequence[str]
+) -> dict[str, View] | None:
+    """Views of the tracked parameters among ``slots``; None if one is passed anywhere else."""
+    views = {}
+    for name, value in bound.items():
+        view = recorder.view(value)
+        if view is None:
+            continue
+        if name not in slots:
+            return None
+        views[name] = view
+    return views
+
+
+def as_dtype(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in the dtype that ``like`` accumulates in."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)

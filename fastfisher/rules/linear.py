@@ -1,0 +1,108 @@
+"""Linear layers and products with a weight: the outer family, with positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..recorder import Function, Recorder, Rule, SampleAxis, View
+from .common import as_dtype, bind, detach, parameter_views
+
+
+@dataclass
+class LinearUse:
+    """``output = input @ weight.T + bias``; ``transposed`` is for ``input @ weight``."""
+
+    views: Mapping[str, View]
+    sample_axes: Sequence[int]
+    input: Tensor
+    transposed: bool = False
+
+    def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
+        return samples.split(tensor).reshape(samples.count, -1, tensor.shape[-1])
+
+    def accumulate(
+        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+    ) -> None:
+        g = self._positions(grad, samples)
+        if "weight" in outs:
+            out = outs["weight"].t() if self.transposed else outs["weight"]
+            x = as_dtype(self._positions(self.input.detach(), samples), out)
+            ops.linear_sum_grad_squared_(out, as_dtype(g, out), x, alpha=alpha)
+        if "bias" in outs:
+            bias = outs["bias"]
+            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, bias), alpha=alpha)
+
+    def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
+        g = self._positions(grad, samples)[part]
+        if slot == "bias":
+            return g.sum(1)
+        x = self._positions(self.input.detach(), samples)[part]
+        weight = ops.linear_per_sample_grad(g, x.to(g.dtype))
+        return weight.transpose(1, 2) if self.transposed else weight
+
+
+def _record(
+    recorder: Recorder,
+    func: Function,
+    bound: dict[str, Any],
+    slots: Sequence[str],
+    transposed: bool,
+) -> Any:
+    views = parameter_views(recorder, bound, slots)
+    x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+    if views is None or weight.dim() != 2 or x.dim() < 1:
+        return NotImplemented
+    if bias is not None and bias.shape != weight.shape[1 if transposed else 0 :][:1]:
+        return NotImplemented
+    use = LinearUse(views, range(x.dim() - 1), x, transposed)
+    w, b = detach(weight), detach(bias)
+
+    def compute() -> Tensor:
+        if not transposed:
+            return torch.nn.functional.linear(x, w, b)
+        return x @ w if b is None else x @ w + b
+
+    return recorder.record(func, use, [x], compute)
+
+
+def _linear(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(args, kwargs, ("input", "weight", "bias"), {"bias": None})
+    return _record(recorder, func, bound, ("weight", "bias"), transposed=False)
+
+
+def _matmul(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    bound = {"input": args[0], "weight": args[1]}
+    return _record(recorder, func, bound, ("weight",), transposed=True)
+
+
+def _addmm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if len(args) != 3 or kwargs:
+        return NotImplemented
+    bound = {"bias": args[0], "input": args[1], "weight": args[2]}
+    return _record(recorder, func, bound, ("weight", "bias"), transposed=True)
+
+
+RULES: dict[Function, Rule] = {
+    torch.nn.functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+}

@@ -1,0 +1,183 @@
+"""Affine norms: the channel family with the normalised input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..recorder import Function, Recorder, Rule, SampleAxis, View
+from .common import as_dtype, bind, detach, parameter_views
+
+
+@dataclass
+class NormUse:
+    """``output = (input - mean) * scale * weight + bias``.
+
+    ``features`` is the number of trailing axes that weight covers (layer norm), or None where
+    weight covers axis 1 (batch and group norm). ``mean`` and ``scale`` broadcast to the input;
+    where the forward pass computes them they are filled in by it.
+    """
+
+    views: Mapping[str, View]
+    sample_axes: Sequence[int]
+    input: Tensor
+    features: int | None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+
+    def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
+        """``[N, T, C]``, without a copy where the layout allows it."""
+        if self.features is None:
+            if tensor.dim() > 1 and tensor.shape[0] == samples.count and samples.axis == 0:
+                if tensor.dim() == 2:
+                    return tensor.unsqueeze(1)
+                return tensor.flatten(2).transpose(1, 2)
+            parts = samples.split(tensor).movedim(2, -1)
+            return parts.reshape(samples.count, -1, tensor.shape[1])
+        width = math.prod(tensor.shape[tensor.dim() - self.features :])
+        return samples.split(tensor).reshape(samples.count, -1, width)
+
+    def _statistic(self, value: Tensor | None, samples: SampleAxis) -> Tensor | None:
+        if value is None:
+            return None
+        if self.features is not None:
+            # One number a position.
+            return samples.split(value).reshape(samples.count, -1, 1)
+        if value.shape[0] == 1:
+            return value.reshape(1, 1, -1)
+        parts = samples.split(value)
+        if parts.dim() == value.dim():
+            return parts.reshape(samples.count, 1, -1)
+        return self._positions(value.expand_as(self.input), samples)
+
+    def _operands(
+        self, grad: Tensor, samples: SampleAxis
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        scale = self._statistic(self.scale, samples)
+        assert scale is not None
+        x = self._positions(self.input.detach(), samples)
+        return self._positions(grad, samples), x, self._statistic(self.mean, samples), scale
+
+    def accumulate(
+        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+    ) -> None:
+        like = next(iter(outs.values()))
+        g, x, mean, scale = self._operands(grad, samples)
+        weight = outs["weight"].view(-1) if "weight" in outs else None
+        bias = outs["bias"].view(-1) if "bias" in outs else None
+        if weight is None:
+            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, like), alpha=alpha)
+            return
+        ops.channel_sum_grad_squared_(
+            weight,
+            bias,
+            as_dtype(g, like),
+            as_dtype(x, like),
+            None if mean is None else as_dtype(mean, like),
+            as_dtype(scale, like),
+            alpha=alpha,
+        )
+
+    def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
+        g, x, mean, scale = self._operands(grad, samples)
+        weight, bias = ops.channel_per_sample_grad(g, x, mean, scale)
+        value = bias if slot == "bias" else weight
+        assert value is not None
+        return value[part].reshape(-1, *self.views[slot].shape)
+
+
+def _batch_norm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(
+        args,
+        kwargs,
+        (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ),
+        {},
+    )
+    views = parameter_views(recorder, bound, ("weight", "bias"))
+    x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
+    if views is None or bound["training"] or mean is None or x.dim() < 2:
+        return NotImplemented
+    arguments = [detach(value) for value in bound.values()][1:]
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    scale = torch.rsqrt(var + bound["eps"])
+    use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
+    return recorder.record(func, use, [x], lambda: torch.batch_norm(x, *arguments))
+
+
+def _layer_norm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(
+        args,
+        kwargs,
+        ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+        {"weight": None, "bias": None, "eps": 1e-5},
+    )
+    views = parameter_views(recorder, bound, ("weight", "bias"))
+    x, shape = bound["input"], list(bound["normalized_shape"])
+    if views is None or x.dim() <= len(shape) or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    weight, bias, eps = detach(bound["weight"]), detach(bound["bias"]), bound["eps"]
+    use = NormUse(views, range(x.dim() - len(shape)), x, len(shape))
+
+    def compute() -> Tensor:
+        output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        use.mean, use.scale = mean.detach(), rstd.detach()
+        return output
+
+    return recorder.record(func, use, [x], compute)
+
+
+def _group_norm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(
+        args,
+        kwargs,
+        ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+        {"weight": None, "bias": None, "eps": 1e-5},
+    )
+    views = parameter_views(recorder, bound, ("weight", "bias"))
+    x, groups = bound["input"], bound["num_groups"]
+    if views is None or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    weight, bias, eps = detach(bound["weight"]), detach(bound["bias"]), bound["eps"]
+    rows, channels = x.shape[:2]
+    use = NormUse(views, (0,), x, None)
+
+    def compute() -> Tensor:
+        output, mean, rstd = torch.native_group_norm(
+            x.contiguous(), weight, bias, rows, channels, math.prod(x.shape[2:]), groups, eps
+        )
+        shape = (rows, channels, *[1] * (x.dim() - 2))
+        each = channels // groups
+        use.mean = mean.detach().repeat_interleave(each, 1).reshape(shape)
+        use.scale = rstd.detach().repeat_interleave(each, 1).reshape(shape)
+        return output
+
+    return recorder.record(func, use, [x], compute)
+
+
+RULES: dict[Function, Rule] = {
+    torch.batch_norm: _batch_norm,
+    torch.layer_norm: _layer_norm,
+    torch.group_norm: _group_norm,
+}

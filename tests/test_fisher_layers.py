@@ -1,0 +1,195 @@
+"""Every layer with a fast rule is exact, in both dtypes, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastfisher import ops
+
+from .oracle import assert_exact
+
+ISAS = ops.build_info()["supported_cpu_isas"]
+DTYPES = [torch.float64, torch.float32]
+
+
+@pytest.fixture(params=ISAS or ["none"], autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "none":
+        # Without the compiled module the plain-torch kernels are what these tests prove.
+        yield "none"
+        return
+    from fastfisher import _C
+
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+class Head(nn.Module):
+    """``layer``, a bounded function so that gradients differ, and five logits a sample."""
+
+    def __init__(self, layer: nn.Module, features: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(features, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)).flatten(1))
+
+
+def head_for(layer: nn.Module, inputs: Tensor) -> Head:
+    with torch.no_grad():
+        features = layer.double()(inputs.double() if inputs.is_floating_point() else inputs)
+        features = features.flatten(1).shape[1]
+    return Head(layer, features)
+
+
+def targets(n: int) -> Tensor:
+    return torch.randint(0, 5, (n,))
+
+
+def scatter(model: nn.Module) -> nn.Module:
+    """Parameters and statistics that are not the ones and zeros of a fresh norm."""
+    for value in [*model.parameters(), *model.buffers()]:
+        if value.is_floating_point():
+            value.data.uniform_(0.5, 1.5)
+    return model
+
+
+# One channel, channels no vector divides, whole panels, and everything between; maps of one pixel,
+# maps smaller than the kernel; each of the three ways columns are packed.
+CONVOLUTIONS = [
+    ((1, 1, 5, 5), dict(out_channels=1, kernel_size=3)),
+    ((3, 3, 9, 7), dict(out_channels=16, kernel_size=3, padding=1)),
+    ((2, 16, 6, 6), dict(out_channels=17, kernel_size=3, padding=1)),
+    ((3, 33, 5, 4), dict(out_channels=7, kernel_size=3, stride=2, padding=1)),
+    ((2, 32, 2, 2), dict(out_channels=32, kernel_size=3, padding=1)),
+    ((2, 48, 4, 4), dict(out_channels=5, kernel_size=1, stride=2)),
+    ((2, 5, 11, 3), dict(out_channels=6, kernel_size=(5, 1), padding=(2, 0), dilation=(2, 1))),
+    ((2, 4, 9, 9), dict(out_channels=6, kernel_size=3, dilation=3, padding=4, groups=2)),
+    ((2, 24, 6, 6), dict(out_channels=24, kernel_size=3, padding=1, groups=24)),
+    ((2, 6, 6, 6), dict(out_channels=12, kernel_size=3, padding=1, groups=6)),
+    ((2, 5, 4, 4), dict(out_channels=6, kernel_size=4, dilation=3, padding=5)),
+    ((2, 3, 8, 8), dict(out_channels=4, kernel_size=4, padding="same")),
+    ((2, 3, 8, 8), dict(out_channels=4, kernel_size=3, padding=2, padding_mode="circular")),
+    ((2, 3, 8, 8), dict(out_channels=4, kernel_size=3, padding=2, padding_mode="reflect")),
+    ((1, 70, 1, 1), dict(out_channels=40, kernel_size=1, bias=False)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, options", CONVOLUTIONS, ids=str)
+def test_conv2d(shape: tuple[int, ...], options: dict, dtype: torch.dtype) -> None:
+    inputs = torch.randn(shape)
+    layer = nn.Conv2d(shape[1], **options)
+    assert_exact(head_for(layer, inputs), inputs, targets(shape[0]), dtype=dtype)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_conv2d_any_shape(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 3), "groups")
+    kernel = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "kernel")
+    dilation = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)), "dilation")
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    layer = nn.Conv2d(
+        groups * data.draw(st.integers(1, 20), "in"),
+        groups * data.draw(st.integers(1, 18), "out"),
+        kernel,
+        stride=data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "stride"),
+        padding=data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)), "padding"),
+        dilation=dilation,
+        groups=groups,
+        bias=data.draw(st.booleans(), "bias"),
+    )
+    size = [r + data.draw(st.integers(0, 9), "more") for r in reach]
+    n = data.draw(st.integers(1, 4), "samples")
+    torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    inputs = torch.randn(n, layer.in_channels, *size)
+    if data.draw(st.booleans(), "channels_last"):
+        inputs = inputs.to(memory_format=torch.channels_last)
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    assert_exact(head_for(layer, inputs), inputs, targets(n), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 9), (1, 9), (3, 5, 9), (2, 3, 4, 9), (2, 70, 9)], ids=str)
+@pytest.mark.parametrize("features, bias", [(1, True), (33, True), (16, False)])
+def test_linear(shape: tuple[int, ...], features: int, bias: bool, dtype: torch.dtype) -> None:
+    inputs = torch.randn(shape)
+    layer = nn.Linear(shape[-1], features, bias=bias)
+    assert_exact(head_for(layer, inputs), inputs, targets(shape[0]), dtype=dtype)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_linear_any_shape(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "leading")
+    layer = nn.Linear(data.draw(st.integers(1, 40), "in"), data.draw(st.integers(1, 40), "out"))
+    torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    inputs = torch.randn(*shape, layer.in_features)
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    assert_exact(head_for(layer, inputs), inputs, targets(shape[0]), dtype=dtype)
+
+
+NORMS = [
+    (lambda: nn.BatchNorm1d(7), (3, 7)),
+    (lambda: nn.BatchNorm1d(7), (3, 7, 5)),
+    (lambda: nn.BatchNorm2d(19), (3, 19, 5, 4)),
+    (lambda: nn.BatchNorm2d(1), (1, 1, 1, 1)),
+    (lambda: nn.BatchNorm3d(3), (2, 3, 2, 3, 4)),
+    (lambda: nn.LayerNorm(9), (3, 9)),
+    (lambda: nn.LayerNorm(70), (3, 6, 70)),
+    (lambda: nn.LayerNorm((4, 5)), (2, 3, 4, 5)),
+    (lambda: nn.LayerNorm(9, bias=False), (2, 3, 9)),
+    (lambda: nn.GroupNorm(3, 12), (2, 12, 5)),
+    (lambda: nn.GroupNorm(2, 6), (3, 6, 4, 4)),
+    (lambda: nn.GroupNorm(1, 5), (2, 5)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make, shape", NORMS)
+def test_norm(make: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = scatter(make())  # type: ignore[operator]
+    inputs = 3 * torch.randn(shape) + 1
+    assert_exact(head_for(layer.eval(), inputs), inputs, targets(shape[0]), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embedding(shape: tuple[int, ...], padding: int | None, dtype: torch.dtype) -> None:
+    index = torch.randint(0, 6, shape)  # six rows: tokens repeat within a sample
+    layer = nn.Embedding(6, 67, padding_idx=padding)
+    assert_exact(head_for(layer, index), index, targets(shape[0]), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed"])
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    inputs = torch.randn(3, 10, 8, 6)
+    model = nn.Sequential(
+        nn.Conv2d(10, 20, 3, padding=1),
+        scatter(nn.BatchNorm2d(20)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(20, 9, 3, stride=2),
+        nn.GroupNorm(3, 9),
+    ).eval()
+    if layout == "channels_last":
+        inputs = inputs.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        inputs = torch.randn(3, 10, 8, 12)[..., ::2]
+    else:
+        inputs = inputs.transpose(2, 3)
+    assert not inputs.is_contiguous()
+    model = head_for(model, inputs)
+    assert_exact(model, inputs, targets(3), dtype=dtype)

@@ -43,6 +43,7 @@ def extension() -> CppExtension:
         name="fastfisher._C",
         sources=sources,
         include_dirs=[pybind11_include()],
+        depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
         extra_compile_args={"cxx": flags},
     )
 

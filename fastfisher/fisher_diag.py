@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .attribution import PROBES, Layout, lay_out
+from .files import replacing
 from .losses import resolve_loss
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss
@@ -79,7 +78,6 @@ class FisherDiag(Mapping[str, Tensor]):
         """Writes a safetensors file; the other attributes go into its JSON header."""
         from safetensors.torch import save_file
 
-        target = Path(path)
         header = {
             "format": "fastfisher.FisherDiag/1",
             "samples": str(self.samples),
@@ -87,15 +85,9 @@ class FisherDiag(Mapping[str, Tensor]):
             "reduction": self.reduction,
             "rules": json.dumps(self.rules),
         }
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            values = {name: value.contiguous() for name, value in self._values.items()}
+        values = {name: value.contiguous() for name, value in self._values.items()}
+        with replacing(path) as temporary:
             save_file(values, temporary, metadata=header)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FisherDiag:

@@ -79,6 +79,10 @@ template <typename T>
 void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,
           int64_t rows, int64_t positions) {
   constexpr int L = Vector<T>::lanes;
+  if (row_stride == 1 && ld == rows && position_stride == rows) {
+    __builtin_memcpy(dst, src, positions * rows * sizeof(T));
+    return;
+  }
   if (row_stride == 1) {
     for (int64_t t = 0; t < positions; ++t) {
       __builtin_memcpy(dst + t * ld, src + t * position_stride, rows * sizeof(T));

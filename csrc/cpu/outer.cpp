@@ -20,7 +20,12 @@ namespace fastfisher::cpu {
 namespace {
 
 // A block of packed samples should stay in the second-level cache of the cores that share it.
-constexpr int64_t kBlockBytes = int64_t{4} << 20;
+constexpr int64_t kBlockBytes = int64_t{1} << 20;
+// Elements that a short copy moves at once.
+constexpr int64_t kCopyElements = 4;
+// Channels up to which operands with the channels innermost are read in place: with more, the
+// positions of a tile lie so far apart that they compete for the same cache sets.
+constexpr int64_t kInPlaceStride = 128;
 // Lanes of the widest vector of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
 // Enough tasks that threads finish together; a constant, never the number of threads.
@@ -63,9 +68,11 @@ enum class Layout {
 struct Panel {
   Layout layout;
   int64_t first_channel, channels;
-  int64_t line;    // elements from one packed line to the next
-  int64_t sample;  // elements from one packed sample to the next
-  int64_t offset;  // of the panel in the packed block of one group, times samples in the block
+  bool in_place;     // x is read where it is, not packed
+  int64_t position;  // elements from one position to the next
+  int64_t line;      // elements from one line to the next
+  int64_t sample;    // elements of a packed sample
+  int64_t offset;    // of the panel in the packed block of one group, times samples in the block
 };
 
 // One product of a panel: a rectangle of output positions and where its input begins.
@@ -135,7 +142,8 @@ class Outer {
       });
       if (chunks_ > 1) std::fill(partial_, partial_ + chunks_ * out_elements_, T(0));
       torch::stable::parallel_for(0, tiles * chunks_, 1, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) compute(i / chunks_, i % chunks_, count);
+        // Chunk by chunk: a thread's share is then mostly of the samples that it packed.
+        for (int64_t i = from; i < to; ++i) compute(begin, i % tiles, i / tiles, count);
       });
       if (chunks_ > 1) add_partial();
     }
@@ -162,9 +170,15 @@ class Outer {
       }
       const int64_t taps = p_.kernel_height * p_.kernel_width;
       if (panel.layout == Layout::kUnrolled) {
-        panel.line = p_.out_width * taps * panel.channels;
+        panel.position = taps * panel.channels;
+        panel.line = p_.out_width * panel.position;
         panel.sample = p_.out_height * panel.line;
+      } else if (panel.layout == Layout::kTap && readable_in_place(p_.x_stride, panel.channels)) {
+        panel.in_place = true;
+        panel.position = p_.x_stride[3];
+        panel.line = p_.x_stride[2];
       } else {
+        panel.position = panel.channels;
         panel.line = panel.channels * (panel.layout == Layout::kWindow
                                            ? (p_.out_width - 1) * p_.stride_w + p_.kernel_width
                                            : p_.width);
@@ -174,8 +188,16 @@ class Outer {
       x_sample_ += panel.sample;
       panels_.push_back(panel);
     }
-    g_sample_ = row_panels_ * row_panel_ * out_positions_;
+    // Whole vectors of g are read in depthwise products only.
+    g_in_place_ = readable_in_place(p_.g_stride, depthwise_ ? total_rows_ : k_.vector_lanes);
+    g_sample_ = g_in_place_ ? 0 : row_panels_ * row_panel_ * out_positions_;
     for (int64_t i = 0; i < int64_t(panels_.size()); ++i) plan_products(i);
+  }
+
+  // Whether `channels` of an operand can be read where they are: innermost, in whole vectors, and
+  // with positions that are not far apart.
+  bool readable_in_place(const int64_t* stride, int64_t channels) const {
+    return stride[1] == 1 && stride[3] <= kInPlaceStride && channels % k_.vector_lanes == 0;
   }
 
   void plan_products(int64_t index) {
@@ -184,9 +206,8 @@ class Outer {
     const Range all_positions{0, p_.out_width};
     const int64_t first = depthwise_ ? 0 : panel.first_channel * p_.out_stride[1];
     if (panel.layout == Layout::kUnrolled) {
-      Product product{index, all_lines, all_positions, 0, panel.line, 0, 0, first, {}};
-      product.columns = p_.kernel_height * p_.kernel_width * panel.channels;
-      product.x_position = product.columns;
+      Product product{index,          all_lines,      all_positions, 0, panel.line,
+                      panel.position, panel.position, first,         {}};
       set_columns(product, p_.kernel_height, p_.kernel_width, panel.channels);
       products_.push_back(std::move(product));
       return;
@@ -204,7 +225,7 @@ class Outer {
                         all_positions,
                         line_start,
                         x_line,
-                        p_.stride_w * panel.channels,
+                        p_.stride_w * panel.position,
                         p_.kernel_width * panel.channels,
                         out_line,
                         {}};
@@ -219,9 +240,9 @@ class Outer {
         Product product{index,
                         lines,
                         positions,
-                        line_start + (positions.begin * p_.stride_w + offset) * panel.channels,
+                        line_start + (positions.begin * p_.stride_w + offset) * panel.position,
                         x_line,
-                        p_.stride_w * panel.channels,
+                        p_.stride_w * panel.position,
                         panel.channels,
                         out_line + kw * p_.out_stride[3],
                         {}};
@@ -258,7 +279,7 @@ class Outer {
   void pack_sample(int64_t begin, int64_t n, int64_t group) {
     const T* g = g_ + (begin + n) * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
     T* g_to = g_packed_ + group * block_ * g_sample_;
-    for (int64_t panel = 0; panel < row_panels_; ++panel) {
+    for (int64_t panel = 0; panel < (g_in_place_ ? 0 : row_panels_); ++panel) {
       const int64_t first = panel * row_panel_;
       const int64_t rows = std::min(row_panel_, total_rows_ - first);
       T* to = g_to + (panel * block_ + n) * row_panel_ * out_positions_;
@@ -268,6 +289,7 @@ class Outer {
     const T* x = x_ + (begin + n) * p_.x_stride[0] + group * p_.columns * p_.x_stride[1];
     T* x_to = x_packed_ + group * block_ * x_sample_;
     for (const Panel& panel : panels_) {
+      if (panel.in_place) continue;
       T* to = x_to + panel.offset * block_ + n * panel.sample;
       const T* from = x + panel.first_channel * p_.x_stride[1];
       if (panel.layout == Layout::kTap) {
@@ -325,34 +347,53 @@ class Outer {
     }
   }
 
+  // Every output position's window, as the concatenation of its kernel lines. The padded lines are
+  // made first; a window is then one short run of each.
   void pack_unrolled(T* to, const T* from, const Panel& panel) const {
-    const int64_t columns = p_.kernel_height * p_.kernel_width * panel.channels;
-    int64_t column = 0;
-    for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
-      const int64_t line_offset = kh * p_.dilation_h - p_.pad_h;
-      for (int64_t kw = 0; kw < p_.kernel_width; ++kw) {
-        const int64_t offset = kw * p_.dilation_w - p_.pad_w;
-        const Range valid = valid_range(p_.width, p_.out_width, p_.stride_w, offset);
-        for (int64_t c = 0; c < panel.channels; ++c, ++column) {
-          for (int64_t oh = 0; oh < p_.out_height; ++oh) {
-            const int64_t h = oh * p_.stride_h + line_offset;
-            T* line = to + oh * panel.line + column;
-            const bool inside = h >= 0 && h < p_.height;
-            const Range range = inside ? valid : Range{p_.out_width, p_.out_width};
-            const T* source =
-                from + c * p_.x_stride[1] + h * p_.x_stride[2] + offset * p_.x_stride[3];
-            for (int64_t ow = 0; ow < range.begin; ++ow) line[ow * columns] = T(0);
-            for (int64_t ow = range.begin; ow < range.end; ++ow) {
-              line[ow * columns] = source[ow * p_.stride_w * p_.x_stride[3]];
-            }
-            for (int64_t ow = range.end; ow < p_.out_width; ++ow) line[ow * columns] = T(0);
+    const int64_t channels = panel.channels;
+    const int64_t reach = (p_.kernel_width - 1) * p_.dilation_w + 1;
+    const int64_t padded = (p_.out_width - 1) * p_.stride_w + reach;
+    const int64_t left = std::min(p_.pad_w, padded);
+    const int64_t inside = std::clamp<int64_t>(padded - left, 0, p_.width);
+    const int64_t line = padded * channels;
+    // One line of zeros stands for every line outside of the image.
+    std::vector<T> lines((p_.height + 1) * line + kCopyElements, T(0));
+    for (int64_t h = 0; h < p_.height; ++h) {
+      pack_line(lines.data() + h * line + left * channels, channels, from + h * p_.x_stride[2],
+                p_.x_stride[1], p_.x_stride[3], channels, inside);
+    }
+    const bool contiguous = p_.dilation_w == 1;
+    const int64_t run = contiguous ? p_.kernel_width * channels : channels;
+    const int64_t runs = contiguous ? 1 : p_.kernel_width;
+    for (int64_t oh = 0; oh < p_.out_height; ++oh) {
+      for (int64_t ow = 0; ow < p_.out_width; ++ow) {
+        T* window = to + oh * panel.line + ow * p_.kernel_height * runs * run;
+        const bool last = oh + 1 == p_.out_height && ow + 1 == p_.out_width;
+        for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
+          const int64_t h = oh * p_.stride_h + kh * p_.dilation_h - p_.pad_h;
+          const T* source = lines.data() + (h >= 0 && h < p_.height ? h : p_.height) * line +
+                            ow * p_.stride_w * channels;
+          for (int64_t k = 0; k < runs; ++k, window += run) {
+            copy_run(window, source + k * p_.dilation_w * channels, run, last);
           }
         }
       }
     }
   }
 
-  void compute(int64_t tile_index, int64_t chunk, int64_t count) {
+  // Copies `count` elements in steps that the compiler knows. They may spill over the end, into
+  // what is written next, unless `exact`.
+  static void copy_run(T* to, const T* from, int64_t count, bool exact) {
+    if (exact) {
+      std::copy(from, from + count, to);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += kCopyElements) {
+      __builtin_memcpy(to + i, from + i, kCopyElements * sizeof(T));
+    }
+  }
+
+  void compute(int64_t begin, int64_t tile_index, int64_t chunk, int64_t count) {
     const int64_t row_panels = depthwise_ ? 1 : row_panels_;
     const int64_t rest = tile_index / row_panels;
     const Product& product = products_[rest % int64_t(products_.size())];
@@ -364,11 +405,33 @@ class Outer {
     const Panel& panel = panels_[product.panel];
     const int64_t first_row = row_panel * row_panel_;
 
-    const T* g = g_packed_ + group * block_ * g_sample_ +
-                 (row_panel * block_ + from) * row_panel_ * out_positions_ +
-                 (product.lines.begin * p_.out_width + product.positions.begin) * row_panel_;
-    const T* x = x_packed_ + group * block_ * x_sample_ + panel.offset * block_ +
-                 from * panel.sample + product.x_offset;
+    // Where the samples of this chunk begin, and the distances between samples, lines, positions.
+    const T* g;
+    int64_t g_sample, g_line, g_position;
+    if (g_in_place_) {
+      g = g_ + (begin + from) * p_.g_stride[0] + (group * p_.rows + first_row) * p_.g_stride[1];
+      g_sample = p_.g_stride[0];
+      g_line = p_.g_stride[2];
+      g_position = p_.g_stride[3];
+    } else {
+      g = g_packed_ + group * block_ * g_sample_ +
+          (row_panel * block_ + from) * row_panel_ * out_positions_;
+      g_sample = row_panel_ * out_positions_;
+      g_line = p_.out_width * row_panel_;
+      g_position = row_panel_;
+    }
+    g += product.lines.begin * g_line + product.positions.begin * g_position;
+    const T* x;
+    int64_t x_sample;
+    if (panel.in_place) {
+      x = x_ + (begin + from) * p_.x_stride[0] +
+          (group * p_.columns + panel.first_channel) * p_.x_stride[1];
+      x_sample = p_.x_stride[0];
+    } else {
+      x = x_packed_ + group * block_ * x_sample_ + panel.offset * block_ + from * panel.sample;
+      x_sample = panel.sample;
+    }
+    x += product.x_offset;
     T* out = chunks_ > 1 ? partial_ + chunk * out_elements_ : out_;
     out += product.out_offset + (group * p_.rows + first_row) * p_.out_stride[0];
     const T alpha = chunks_ > 1 ? T(1) : alpha_;
@@ -376,14 +439,13 @@ class Outer {
     const int64_t positions = product.positions.end - product.positions.begin;
     const int64_t rows = std::min(row_panel_, total_rows_ - first_row);
     if (depthwise_) {
-      k_.depthwise_tile({g, row_panel_ * out_positions_, p_.out_width * row_panel_, row_panel_, x,
-                         panel.sample, product.x_line, product.x_position, to - from, lines,
-                         positions, rows, out, p_.out_stride[0], alpha});
+      k_.depthwise_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line,
+                         product.x_position, to - from, lines, positions, rows, out,
+                         p_.out_stride[0], alpha});
       return;
     }
-    k_.outer_tile({g, row_panel_ * out_positions_, p_.out_width * row_panel_, row_panel_, x,
-                   panel.sample, product.x_line, product.x_position, to - from, lines, positions,
-                   rows, product.columns, out, p_.out_stride[0],
+    k_.outer_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line, product.x_position,
+                   to - from, lines, positions, rows, product.columns, out, p_.out_stride[0],
                    product.out_column.empty() ? nullptr : product.out_column.data(), alpha});
   }
 
@@ -415,7 +477,7 @@ class Outer {
   const T* x_;
   T* out_;
   T alpha_;
-  bool depthwise_ = false;
+  bool depthwise_ = false, g_in_place_ = false;
   int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0, out_positions_ = 0;
   int64_t x_sample_ = 0, g_sample_ = 0, block_ = 1, chunks_ = 1, out_elements_ = 0;
   std::vector<Panel> panels_;

@@ -1,0 +1,1 @@
+"""Benchmarks of fastfisher against every other way to the same numbers; start at ``run.py``."""

@@ -1,0 +1,41 @@
+"""What the numbers were measured on: they mean nothing without it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastfisher import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, str | int]:
+    """Describe this machine and build, for the header and the result files."""
+    return {
+        **doctor.environment(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+    }
+
+
+def slug(text: str) -> str:
+    """Turn a processor's name into part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _commit() -> str:
+    """Short commit of the source tree, ``-dirty`` with uncommitted changes, or ``unknown``."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

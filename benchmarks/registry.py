@@ -1,0 +1,189 @@
+"""What is compared: the cases, each a model with its inputs, its loss and its memory layouts.
+
+To add a case, write a function that builds the model and one that makes a batch, and add a
+:class:`Case` to :data:`CASES`. The functions must be importable by name (no lambdas): peak memory
+is measured in fresh processes, which get the case by pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from benchmarks.nets import SequenceMLP, Transformer
+from fastfisher.reference import PerSampleLoss
+
+SEED = 0
+IMAGE_LAYOUTS = ("nchw", "channels_last")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss in the three forms that contenders ask for."""
+
+    name: str
+    """As ``fisher_diag(loss=...)`` takes it."""
+    per_sample: PerSampleLoss
+    """``(output, target) -> [N]``."""
+    summed: Callable[[], nn.Module]
+    """Builds a module whose call gives the sum over samples."""
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none")
+
+
+CROSS_ENTROPY = Loss("cross_entropy", _cross_entropy, partial(nn.CrossEntropyLoss, reduction="sum"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model in eval mode with one batch: what every contender is given."""
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: Loss
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters whose Fisher is asked for."""
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def scalars(self) -> int:
+        """Number of scalars in those parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def take(self, samples: Sequence[int]) -> Problem:
+        """The same model with the given samples of the batch, in the batch's memory layout."""
+        # Unlike indexing, concatenation keeps channels_last.
+        inputs = torch.cat([self.inputs[n : n + 1] for n in samples])
+        return replace(self, inputs=inputs, targets=self.targets[list(samples)])
+
+    def with_own_model(self) -> Problem:
+        """The same batch with a copy of the model that its owner may hook or change."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+    def in_float64(self) -> Problem:
+        """A copy in double precision, for the reference."""
+        inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
+        return replace(self, model=copy.deepcopy(self.model).double(), inputs=inputs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one kind of batch.
+
+    Attributes:
+        name: how the command line calls it.
+        title: one line for people.
+        build: makes the model, float32 on the CPU.
+        inputs: ``(batch, generator) -> (inputs, targets)``, batch axis first.
+        batch: samples in the timed batch.
+        layouts: memory layouts to run; ``channels_last`` converts model and inputs.
+        loss: the loss whose per-sample gradients are squared.
+    """
+
+    name: str
+    title: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    batch: int
+    layouts: tuple[str, ...] = ("contiguous",)
+    loss: Loss = CROSS_ENTROPY
+
+    def problem(self, layout: str, batch: int) -> Problem:
+        """Build the model and a batch; the same ones at every call, in every process."""
+        inputs, targets = self.inputs(batch, torch.Generator().manual_seed(SEED))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            model = self.build()
+        _settle_batch_norms(model, inputs)
+        if layout == "channels_last":
+            model = model.to(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return Problem(model.eval(), inputs, targets, self.loss)
+
+
+def _settle_batch_norms(model: nn.Module, inputs: Tensor) -> None:
+    """Set running statistics from one batch.
+
+    With those of a fresh model, activations shrink from layer to layer until squared gradients
+    are denormal numbers, which are slow on CPUs and which no trained model has.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _packaged_model(name: str) -> nn.Module:
+    from fastfisher.models import build
+
+    return build(name, num_classes=10, in_channels=3, image_size=32)
+
+
+def _images(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(batch, 3, 32, 32, generator=generator)
+    return inputs, torch.randint(10, (batch,), generator=generator)
+
+
+def _features(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(batch, 64, 256, generator=generator)
+    return inputs, torch.randint(10, (batch,), generator=generator)
+
+
+def _tokens(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    inputs = torch.randint(1000, (batch, 64), generator=generator)
+    return inputs, torch.randint(10, (batch,), generator=generator)
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case(
+            "resnet20",
+            "ResNet-20 (CIFAR), 3x32x32 images",
+            partial(_packaged_model, "resnet20"),
+            _images,
+            batch=64,
+            layouts=IMAGE_LAYOUTS,
+        ),
+        Case(
+            "vgg16_bn",
+            "VGG16 with BatchNorm (CIFAR), 3x32x32 images",
+            partial(_packaged_model, "vgg16_bn"),
+            _images,
+            batch=64,
+            layouts=IMAGE_LAYOUTS,
+        ),
+        Case(
+            "seq_mlp",
+            "Linear(256, 1024), GELU, Linear(1024, 256) on 64 tokens, mean, head",
+            SequenceMLP,
+            _features,
+            batch=16,
+        ),
+        Case(
+            "transformer",
+            "2 pre-norm encoder blocks, 64 tokens, dim 256, 4 heads, vocabulary 1000",
+            Transformer,
+            _tokens,
+            batch=16,
+        ),
+    )
+}

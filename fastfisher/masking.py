@@ -1,0 +1,785 @@
+"""Zero the weights that matter most for a forget set, exactly and reversibly.
+
+The score of a parameter is ``F_f - w * F_r`` (forget and remain Fisher, paper section 3.2). The
+top ``R`` of all scored units, over all parameters together, is set to zero in place. What is
+selected depends on the scores alone, never on the device or the number of threads: ties go to the
+lowest flat index in the order of ``model.named_parameters()``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from itertools import islice
+from numbers import Real
+from typing import Literal, NoReturn, cast, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .files import replacing
+
+Granularity = Literal["parameter", "kernel"]
+
+_FORMAT = {"format": "fastfisher.mask", "version": "1"}
+_DIGIT_BITS = 16
+
+
+def fisher_mask_(
+    model: nn.Module,
+    forget: Mapping[str, Tensor],
+    remain: Mapping[str, Tensor] | None = None,
+    *,
+    ratio: float,
+    remain_weight: float = 1.0,
+    granularity: Granularity = "parameter",
+    exclude: Sequence[str] = (),
+) -> Mask:
+    """Zero, in place, the units of ``model`` with the highest score ``F_f - w * F_r``.
+
+    The score is computed in the Fisher's dtype as two rounded operations, ``r * w`` and then the
+    subtraction. Parameters that ``forget`` does not name are never scored. Everything is checked
+    before the first write: a call that raises has changed nothing.
+
+    Args:
+        model: modified in place; parameters keep their storage, and elements that are not
+            selected keep their bits.
+        forget: Fisher of the forget set, one floating-point tensor of the parameter's shape per
+            name, as :func:`fastfisher.fisher_diag` returns it. A parameter known under several
+            names (tied weights) counts once, under the first.
+        remain: Fisher of the remain set: the names, shapes and dtypes of ``forget``. ``None``
+            scores by ``F_f`` alone.
+        ratio: ``R`` in [0, 1]. ``k = floor(R * N)`` of the ``N`` scored units are zeroed, where
+            the floor is the largest ``k`` whose quotient ``k / N`` is not above ``R`` as floats:
+            0.29 of 100 units is 29. ``k = 0`` changes nothing.
+        remain_weight: ``w``, finite and not negative. With Fishers of reduction "mean", 1 is the
+            choice of the paper's authors in their code and ``len(remain) / len(forget)`` that of
+            the paper's text.
+        granularity: "parameter": each scalar is a unit (paper, section 3.2). "kernel": each
+            convolution kernel (one output and one input channel, all positions) is a unit scored
+            by its mean, taken in float64 in index order; each scalar of a matrix is one too; the
+            unit of the authors' code. Parameters with fewer than two dimensions (biases, norms)
+            are then neither scored nor masked.
+        exclude: parameter names or :mod:`fnmatch` patterns, such as ``"fc.*"``, that are neither
+            scored nor masked.
+
+    Returns:
+        The mask, which can undo itself.
+
+    Raises:
+        ValueError: an argument is out of range; names, shapes or dtypes do not match; a score is
+            NaN or infinite; an ``exclude`` pattern matches nothing; nothing is left to score; or a
+            parameter that would be masked shares memory with another one.
+        TypeError: an argument is of the wrong type.
+    """
+    ratio = _checked_real("ratio", ratio, at_most=1.0)
+    weight = _checked_real("remain_weight", remain_weight)
+    parameters, first_names = _named(model)
+    forget_values = _by_first_name("forget", forget, parameters, first_names)
+    remain_values = None
+    if remain is not None:
+        remain_values = _by_first_name("remain", remain, parameters, first_names)
+        _check_pair(forget, remain, forget_values, remain_values)
+    names = _scored_names(parameters, first_names, forget_values, granularity, exclude)
+
+    scores = []
+    for name in names:
+        score = forget_values[name]
+        if remain_values is not None:
+            score = score - remain_values[name].to(score.device) * weight
+        units = _unit_scores(score, granularity)
+        if not bool(torch.isfinite(units).all()):
+            raise ValueError(f"the score of parameter {name!r} is NaN or infinite")
+        scores.append(units)
+    k = _unit_count(ratio, sum(units.numel() for units in scores))
+    selected = select_top(scores, k)
+    lowest = [
+        float(units[chosen].min())
+        for units, chosen in zip(scores, selected, strict=True)
+        if bool(chosen.any())
+    ]
+    mask = _record(
+        {name: parameters[name] for name in names},
+        selected,
+        ratio=ratio,
+        granularity=granularity,
+        remain_weight=None if remain is None else weight,
+        # Adding 0.0 makes -0.0, which ranks as +0.0, read as 0.0.
+        threshold=min(lowest) + 0.0 if lowest else None,
+    )
+    mask.apply_(model)
+    return mask
+
+
+def random_mask_(
+    model: nn.Module,
+    *,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    granularity: Granularity = "parameter",
+    exclude: Sequence[str] = (),
+) -> Mask:
+    """Zero, in place, units of ``model`` drawn uniformly without replacement: the control.
+
+    Args:
+        model: modified in place, as by :func:`fisher_mask_`. Units are those of the parameters
+            that require grad, which is what :func:`fastfisher.fisher_diag` scores by default.
+        ratio: ``R`` in [0, 1], as in :func:`fisher_mask_`.
+        generator: source of the draw, of any device; ``None`` is torch's global CPU generator. A
+            CPU generator gives the same mask whatever the model's device.
+        granularity: as in :func:`fisher_mask_`.
+        exclude: as in :func:`fisher_mask_`.
+
+    Returns:
+        The mask; its ``threshold`` and ``remain_weight`` are ``None``.
+
+    Raises:
+        ValueError: as :func:`fisher_mask_`, where it applies.
+        TypeError: as :func:`fisher_mask_`.
+    """
+    ratio = _checked_real("ratio", ratio, at_most=1.0)
+    parameters, first_names = _named(model)
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    names = _scored_names(parameters, first_names, trainable, granularity, exclude)
+
+    shapes = [_unit_shape(parameters[name].shape, granularity) for name in names]
+    sizes = [math.prod(shape) for shape in shapes]
+    k = _unit_count(ratio, sum(sizes))
+    device = generator.device if generator is not None else torch.device("cpu")
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[torch.randperm(sum(sizes), generator=generator, device=device)[:k].cpu()] = True
+    mask = _record(
+        {name: parameters[name] for name in names},
+        [part.view(shape) for part, shape in zip(chosen.split(sizes), shapes, strict=True)],
+        ratio=ratio,
+        granularity=granularity,
+        remain_weight=None,
+        threshold=None,
+    )
+    mask.apply_(model)
+    return mask
+
+
+def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Select the ``k`` largest elements of several tensors together, exactly.
+
+    Order: larger first; equal elements by position, the earlier tensor and then the lower
+    row-major index first. -0.0 equals +0.0, denormals differ from zero, NaN ranks below all else.
+
+    Nothing is concatenated or sorted: the k-th largest value is found by a radix select on integer
+    keys, then each tensor is compared with it. Beside the result, this needs the keys of one
+    tensor at a time.
+
+    Args:
+        scores: floating-point tensors of any shape, strides, dtype and device.
+        k: how many to select, 0 to the number of elements.
+
+    Returns:
+        One contiguous bool tensor per score, of its shape and on its device; ``k`` are True.
+
+    Raises:
+        TypeError: a score is not of a floating-point dtype.
+        ValueError: ``k`` is out of range.
+    """
+    for score in scores:
+        if not score.is_floating_point():
+            raise TypeError(f"scores must be floating-point tensors, got {score.dtype}")
+    total = sum(score.numel() for score in scores)
+    if not 0 <= k <= total:
+        raise ValueError(f"k must be in 0..{total}, the number of scores, got {k}")
+    if k == 0:
+        return [torch.zeros(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    # Both conversions are exact, so scores of different dtypes compare by value.
+    wide = any(score.dtype == torch.float64 for score in scores)
+    dtype = torch.float64 if wide else torch.float32
+    boundary, ties = _kth_key(scores, k, dtype)
+    masks = []
+    for score in scores:
+        keys = _ordered_keys(score, dtype)
+        mask = keys > boundary
+        tied = (keys == boundary).nonzero().squeeze(1)[:ties]
+        mask[tied] = True
+        ties -= tied.numel()
+        masks.append(mask.view(score.shape))
+    return masks
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask:
+    """Which weights were zeroed, and what they were.
+
+    Made by :func:`fisher_mask_`, :func:`random_mask_` and :meth:`load`. Holds, on the CPU, one bit
+    per scored element or the indices of the zeroed ones, whichever is smaller, and the original
+    values of the zeroed ones.
+
+    Attributes:
+        ratio: ``R``, the fraction of the units that was asked for.
+        granularity: "parameter" or "kernel": what a unit is.
+        remain_weight: ``w``; ``None`` if no remain Fisher was used.
+        threshold: the smallest score selected; ``None`` for an empty or a random mask.
+    """
+
+    ratio: float
+    granularity: Granularity
+    remain_weight: float | None
+    threshold: float | None
+    _zeroed: Mapping[str, _Zeroed]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Units zeroed in each scored parameter; they sum to :attr:`k`."""
+        return {
+            name: zeroed.values.numel() // _unit_size(zeroed.shape, self.granularity)
+            for name, zeroed in self._zeroed.items()
+        }
+
+    @property
+    def k(self) -> int:
+        """Number of units zeroed."""
+        return sum(self.counts.values())
+
+    @property
+    def units(self) -> int:
+        """Number of units scored, ``N``."""
+        return sum(
+            math.prod(_unit_shape(zeroed.shape, self.granularity))
+            for zeroed in self._zeroed.values()
+        )
+
+    @property
+    def zeroed(self) -> int:
+        """Number of scalars zeroed."""
+        return sum(zeroed.values.numel() for zeroed in self._zeroed.values())
+
+    def __repr__(self) -> str:
+        return (
+            f"Mask(k={self.k}, units={self.units}, zeroed={self.zeroed}, ratio={self.ratio}, "
+            f"granularity={self.granularity!r}, remain_weight={self.remain_weight}, "
+            f"threshold={self.threshold})"
+        )
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The mask as one bool tensor per scored parameter, of its shape, on the CPU.
+
+        Returns:
+            New tensors; True where the parameter was zeroed.
+        """
+        return {name: zeroed.mask() for name, zeroed in self._zeroed.items()}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Zero the masked elements of ``model``, in place.
+
+        The original values that :meth:`undo_` restores stay those of the model that was scored.
+
+        Args:
+            model: has every scored parameter, of the same shape.
+
+        Raises:
+            ValueError: a name or a shape does not match, or masked parameters share memory;
+                nothing has been modified.
+        """
+        for _, parameter, zeroed in self._targets(model):
+            parameter.masked_fill_(zeroed.mask().to(parameter.device), 0)
+
+    @torch.no_grad()
+    def undo_(self, model: nn.Module) -> None:
+        """Give the masked elements of ``model`` their original values back, bit for bit, in place.
+
+        Args:
+            model: has every scored parameter, of the same shape and dtype.
+
+        Raises:
+            ValueError: a name, a shape or a dtype does not match, or masked parameters share
+                memory; nothing has been modified.
+        """
+        targets = self._targets(model)
+        for name, parameter, zeroed in targets:
+            if parameter.dtype != zeroed.values.dtype:
+                raise ValueError(
+                    f"parameter {name!r} is {parameter.dtype} but was "
+                    f"{zeroed.values.dtype} when it was masked: its bits cannot be restored"
+                )
+        for _, parameter, zeroed in targets:
+            mask = zeroed.mask().to(parameter.device)
+            parameter[mask] = zeroed.values.to(parameter.device)
+
+    def _targets(self, model: nn.Module) -> list[tuple[str, nn.Parameter, _Zeroed]]:
+        """Match the mask to ``model``; only parameters with something to write come back."""
+        parameters, first_names = _named(model)
+        owners: dict[str, str] = {}
+        for name, zeroed in self._zeroed.items():
+            if name not in first_names:
+                raise ValueError(f"the model has no parameter {name!r}, which the mask names")
+            first = first_names[name]
+            if first in owners:
+                raise ValueError(
+                    f"parameters {owners[first]!r} and {name!r} of the mask are one in the model"
+                )
+            owners[first] = name
+            if parameters[first].shape != zeroed.shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(parameters[first].shape)}, "
+                    f"the mask was made for {tuple(zeroed.shape)}"
+                )
+        _check_writable(parameters, owners)
+        return [
+            (name, parameters[first], self._zeroed[name])
+            for first, name in owners.items()
+            if self._zeroed[name].values.numel()
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the mask as one safetensors file, replacing ``path`` in one step.
+
+        Args:
+            path: of the file; its folder exists.
+        """
+        tensors = {}
+        for name, zeroed in self._zeroed.items():
+            tensors[f"mask:{name}"] = zeroed.code
+            tensors[f"values:{name}"] = zeroed.values
+        description = {
+            "ratio": self.ratio,
+            "granularity": self.granularity,
+            "remain_weight": self.remain_weight,
+            "threshold": self.threshold,
+            "shapes": {name: list(zeroed.shape) for name, zeroed in self._zeroed.items()},
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {**_FORMAT, "mask": json.dumps(description)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Mask:
+        """Read a mask that :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The mask.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a mask, or its parts contradict each other.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                names = file.keys()
+                # Cloned, since what safetensors returns may still be backed by the file.
+                tensors = {name: file.get_tensor(name).clone() for name in names}
+            return _parse(header, tensors)
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a valid mask file: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeroed:
+    """What was zeroed in one parameter.
+
+    Attributes:
+        shape: of the parameter.
+        code: the mask in row-major order: uint8, eight elements a byte, lowest bit first; or
+            int32/int64, the ascending flat indices. Whichever is smaller.
+        values: the original values in row-major order, of the parameter's dtype.
+    """
+
+    shape: torch.Size
+    code: Tensor
+    values: Tensor
+
+    @classmethod
+    def record(cls, parameter: Tensor, mask: Tensor) -> _Zeroed:
+        """Take the masked elements of ``parameter``; both have the same shape, on any devices."""
+        values = parameter.detach()[mask.to(parameter.device)].cpu()
+        flat = mask.reshape(-1).cpu()
+        size = flat.numel()
+        index_dtype = torch.int32 if size <= 2**31 else torch.int64
+        if values.numel() * index_dtype.itemsize < _packed_size(size):
+            code = flat.nonzero().squeeze(1).to(index_dtype)
+        else:
+            bits = nn.functional.pad(flat.to(torch.uint8), (0, -size % 8)).view(-1, 8)
+            code = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+        return cls(parameter.shape, code, values)
+
+    def mask(self) -> Tensor:
+        """Decode: a bool tensor of the parameter's shape, on the CPU."""
+        size = math.prod(self.shape)
+        if self.code.dtype == torch.uint8:
+            flat = ((self.code[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool()
+            return flat.view(-1)[:size].view(self.shape)
+        flat = torch.zeros(size, dtype=torch.bool)
+        flat[self.code.long()] = True
+        return flat.view(self.shape)
+
+    def check(self, name: str, unit_size: int) -> None:
+        """Raise ``ValueError`` unless the parts, read from a file, are those of a mask."""
+        size = math.prod(self.shape)
+        if self.code.dim() != 1 or self.values.dim() != 1:
+            raise ValueError(f"the tensors of {name!r} are not flat")
+        if self.code.dtype == torch.uint8:
+            if self.code.numel() != _packed_size(size):
+                raise ValueError(f"the mask of {name!r} does not have one bit per element")
+            if size % 8 and int(self.code[-1]) >> (size % 8):
+                raise ValueError(f"the mask of {name!r} has bits beyond its last element")
+            index = self.mask().view(-1).nonzero().squeeze(1)
+        elif self.code.dtype in (torch.int32, torch.int64):
+            index = self.code.long()
+            ascending = bool((index[1:] > index[:-1]).all())
+            if index.numel() and not (ascending and index[0] >= 0 and int(index[-1]) < size):
+                raise ValueError(f"the indices of {name!r} are not ascending within its shape")
+        else:
+            raise ValueError(f"the mask of {name!r} has dtype {self.code.dtype}")
+        if self.values.numel() != index.numel():
+            raise ValueError(
+                f"{name!r} has {self.values.numel()} values for {index.numel()} masked elements"
+            )
+        whole = index.numel() % unit_size == 0
+        if whole and index.numel():
+            units = index.view(-1, unit_size)
+            starts = units[:, :1]
+            aligned = bool((starts % unit_size == 0).all())
+            whole = aligned and bool((units == starts + torch.arange(unit_size)).all())
+        if not whole:
+            raise ValueError(f"the mask of {name!r} splits a kernel")
+
+
+def _record(
+    parameters: Mapping[str, Tensor],
+    selected: Sequence[Tensor],
+    *,
+    ratio: float,
+    granularity: Granularity,
+    remain_weight: float | None,
+    threshold: float | None,
+) -> Mask:
+    """Make the mask of the selected units of ``parameters``, in the same order."""
+    zeroed = {}
+    for (name, parameter), units in zip(parameters.items(), selected, strict=True):
+        positions = [1] * (parameter.dim() - units.dim())
+        mask = units.view((*units.shape, *positions)).expand(parameter.shape)
+        zeroed[name] = _Zeroed.record(parameter, mask)
+    return Mask(ratio, granularity, remain_weight, threshold, zeroed)
+
+
+def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
+    """Rebuild a mask from the content of its file; every contradiction is a ``ValueError``."""
+    if any(header.get(key) != value for key, value in _FORMAT.items()):
+        raise ValueError(f"the header does not say {_FORMAT}")
+    description = json.loads(header.get("mask", ""), parse_constant=_refuse_constant)
+    fields = {"ratio", "granularity", "remain_weight", "threshold", "shapes"}
+    if not isinstance(description, dict) or description.keys() != fields:
+        raise ValueError(f"the header does not have the fields {sorted(fields)}")
+    ratio = _checked_real("ratio", description["ratio"], at_most=1.0)
+    granularity = _checked_granularity(description["granularity"])
+    weight = description["remain_weight"]
+    if weight is not None:
+        weight = _checked_real("remain_weight", weight)
+    threshold = description["threshold"]
+    if threshold is not None:
+        threshold = _checked_real("threshold", threshold, at_least=-math.inf)
+    shapes = description["shapes"]
+    if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
+        raise ValueError("shapes must map names to lists of sizes")
+    if tensors.keys() != {f"{part}:{name}" for name in shapes for part in ("mask", "values")}:
+        raise ValueError("the tensors are not those of the parameters in the header")
+    zeroed = {}
+    for name, shape in shapes.items():
+        if not _is_scored(len(shape), granularity):
+            raise ValueError(f"{name!r} has no kernels")
+        zeroed[name] = _Zeroed(
+            torch.Size(shape), tensors[f"mask:{name}"], tensors[f"values:{name}"]
+        )
+        zeroed[name].check(name, _unit_size(zeroed[name].shape, granularity))
+    mask = Mask(ratio, granularity, weight, threshold, zeroed)
+    if mask.k != _unit_count(ratio, mask.units):
+        raise ValueError(f"{mask.k} of {mask.units} units is not the ratio {ratio}")
+    if mask.k == 0 and threshold is not None:
+        raise ValueError("an empty mask has no threshold")
+    return mask
+
+
+def _packed_size(elements: int) -> int:
+    """Bytes that hold one bit per element."""
+    return (elements + 7) // 8
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and 0 < size < 2**63 for size in shape)
+
+
+def _checked_real(
+    name: str, value: object, *, at_least: float = 0.0, at_most: float = math.inf
+) -> float:
+    """``value`` as a finite float within the bounds, or a ``ValueError`` that names it."""
+    try:
+        real = not isinstance(value, bool) and isinstance(value, Real)
+        number = float(cast(Real, value)) if real else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and at_least <= number <= at_most):
+        raise ValueError(
+            f"{name} must be a finite real number in [{at_least:g}, {at_most:g}], got {value!r}"
+        )
+    return number
+
+
+def _checked_granularity(value: object) -> Granularity:
+    if value not in get_args(Granularity):
+        raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {value!r}")
+    return cast(Granularity, value)
+
+
+def _unit_count(ratio: float, units: int) -> int:
+    """The largest ``k`` with ``k / units <= ratio``, the quotient rounded to a float.
+
+    ``int(ratio * units)`` loses a unit where the product falls just short of a whole number
+    (``0.29 * 100``), and so does an exact product where ``ratio`` was itself a rounded quotient
+    (``3 / 7`` of 7 units). This is right for both.
+    """
+    k = math.floor(Fraction(ratio) * units)
+    return k + 1 if k < units and (k + 1) / units <= ratio else k
+
+
+def _named(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The distinct parameters in order, by first name; and for every name, the first one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    parameters: dict[str, nn.Parameter] = {}
+    first_by_id: dict[int, str] = {}
+    first_names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_by_id.setdefault(id(parameter), name)
+        first_names[name] = first
+        parameters.setdefault(first, parameter)
+    return parameters, first_names
+
+
+def _by_first_name(
+    argument: str,
+    fisher: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    first_names: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """The tensors of ``fisher`` by first name, checked against the model's parameters."""
+    if not isinstance(fisher, Mapping):
+        raise TypeError(
+            f"{argument} must map parameter names to tensors, got {type(fisher).__name__}"
+        )
+    values: dict[str, Tensor] = {}
+    for name, value in fisher.items():
+        if name not in first_names:
+            raise ValueError(f"{argument} has {name!r}, which is no parameter of the model")
+        first = first_names[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{argument}[{name!r}] must be a floating-point tensor")
+        if value.shape != parameters[first].shape:
+            raise ValueError(
+                f"{argument}[{name!r}] has shape {tuple(value.shape)}, "
+                f"the parameter has {tuple(parameters[first].shape)}"
+            )
+        if first in values and not torch.equal(values[first], value):
+            raise ValueError(
+                f"{argument} has different values for {first!r} and {name!r}, "
+                "which are names of one parameter"
+            )
+        values[first] = value.detach()
+    return values
+
+
+def _check_pair(
+    forget: object,
+    remain: object,
+    forget_values: Mapping[str, Tensor],
+    remain_values: Mapping[str, Tensor],
+) -> None:
+    """Raise unless both Fishers are of one kind, so that their difference means something."""
+    for name in forget_values.keys() ^ remain_values.keys():
+        have, lack = ("forget", "remain") if name in forget_values else ("remain", "forget")
+        raise ValueError(f"{have} has parameter {name!r}, {lack} does not")
+    for name, value in forget_values.items():
+        if value.dtype != remain_values[name].dtype:
+            raise ValueError(
+                f"remain[{name!r}] is {remain_values[name].dtype}, forget has {value.dtype}"
+            )
+    reductions = [getattr(fisher, "reduction", None) for fisher in (forget, remain)]
+    if None not in reductions and reductions[0] != reductions[1]:
+        raise ValueError(
+            f"remain has reduction {reductions[1]!r}, forget has {reductions[0]!r}: "
+            "they must be the same"
+        )
+
+
+def _scored_names(
+    parameters: Mapping[str, Tensor],
+    first_names: Mapping[str, str],
+    candidates: Collection[str],
+    granularity: object,
+    exclude: Sequence[str],
+) -> list[str]:
+    """Names of the parameters to score, in parameter order, safe to write to."""
+    granularity = _checked_granularity(granularity)
+    excluded = _excluded(first_names, exclude)
+    names = [
+        name
+        for name, parameter in parameters.items()
+        if name in candidates
+        and name not in excluded
+        and parameter.numel()
+        and _is_scored(parameter.dim(), granularity)
+    ]
+    if not names:
+        raise ValueError(f"no parameter is left to score: granularity={granularity!r}, {exclude=}")
+    _check_writable(parameters, names)
+    return names
+
+
+def _excluded(first_names: Mapping[str, str], patterns: Iterable[str]) -> set[str]:
+    """First names of the parameters that a pattern matches under any of their names."""
+    if isinstance(patterns, str):
+        raise TypeError(f"exclude must be a sequence of patterns, got the string {patterns!r}")
+    excluded = set()
+    for pattern in patterns:
+        matched = {
+            first
+            for name, first in first_names.items()
+            if name == pattern or fnmatchcase(name, pattern)
+        }
+        if not matched:
+            raise ValueError(f"exclude has {pattern!r}, which matches no parameter of the model")
+        excluded |= matched
+    return excluded
+
+
+def _is_scored(dim: int, granularity: Granularity) -> bool:
+    return granularity == "parameter" or dim >= 2
+
+
+def _unit_shape(shape: torch.Size, granularity: Granularity) -> torch.Size:
+    return shape if granularity == "parameter" else shape[:2]
+
+
+def _unit_size(shape: torch.Size, granularity: Granularity) -> int:
+    """Scalars in a unit."""
+    return 1 if granularity == "parameter" else math.prod(shape[2:])
+
+
+def _unit_scores(score: Tensor, granularity: Granularity) -> Tensor:
+    """Scores of the units: the scalars themselves, or the mean over each kernel in float64."""
+    if granularity == "parameter" or score.dim() == 2:
+        return score
+    kernels = score.flatten(2)
+    total = torch.zeros(kernels.shape[:2], dtype=torch.float64, device=score.device)
+    # One position after the other: the order of summation, and with it the last bit that decides
+    # a near tie, would otherwise depend on the device and its vector width.
+    for position in range(kernels.shape[2]):
+        total += kernels[:, :, position]
+    return total / kernels.shape[2]
+
+
+def _check_writable(parameters: Mapping[str, Tensor], touched: Collection[str]) -> None:
+    """Raise unless writing to each ``touched`` parameter changes that parameter and no other."""
+    for name in touched:
+        parameter = parameters[name]
+        if parameter.is_meta or parameter.layout != torch.strided or parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} cannot be masked: it must be dense, hold data, "
+                "and not be an inference tensor"
+            )
+        if _repeats_memory(parameter):
+            raise ValueError(f"elements of parameter {name!r} share memory with each other")
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), name)
+        for name, p in parameters.items()
+        if p.numel() and p.layout == torch.strided and not p.is_meta
+    )
+    for i, (device, _, end, name) in enumerate(spans):
+        for other_device, other_start, _, other in islice(spans, i + 1, None):
+            if other_device != device or other_start >= end:
+                break
+            written, read = (name, other) if name in touched else (other, name)
+            if written in touched and _shares_memory(parameters[written], parameters[read]):
+                raise ValueError(f"parameters {name!r} and {other!r} share memory")
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the end of the last element in memory."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+def _repeats_memory(tensor: Tensor) -> bool:
+    """Whether two indices may lead to one address: true of an expanded tensor."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
+
+
+def _shares_memory(written: Tensor, read: Tensor) -> bool:
+    """Whether two tensors of one device have a byte in common; spans alone say too much."""
+    base = min(written.data_ptr(), read.data_ptr())
+    end = max(tensor.data_ptr() + _extent(tensor) for tensor in (written, read))
+    taken = torch.zeros(end - base, dtype=torch.bool)
+
+    def view(tensor: Tensor) -> Tensor:
+        width = tensor.element_size()
+        steps = [step * width for step in tensor.stride()]
+        return taken.as_strided((*tensor.shape, width), (*steps, 1), tensor.data_ptr() - base)
+
+    view(written).fill_(True)
+    return bool(view(read).any())
+
+
+def _ordered_keys(score: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat signed integers in the order of the elements; NaN is the lowest, -0.0 is +0.0.
+
+    Integers, because comparing floats is not exact for denormals where the processor is told to
+    flush them to zero.
+    """
+    values = score.detach().reshape(-1).to(dtype)
+    bits = values.view(torch.int64 if dtype == torch.float64 else torch.int32)
+    limits = torch.iinfo(bits.dtype)
+    keys = torch.where(bits < 0, -(bits & limits.max), bits)
+    return keys.masked_fill_(values.isnan(), limits.min)
+
+
+def _kth_key(scores: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Find the key of the ``k``-th largest score, and how many with that key are selected.
+
+    A radix select from the highest digit: the histogram of a digit, over the keys whose higher
+    digits are those found so far, says which digit the k-th key has.
+    """
+    found = 0
+    top = dtype.itemsize * 8 - _DIGIT_BITS
+    for shift in range(top, -1, -_DIGIT_BITS):
+        histogram = torch.zeros(2**_DIGIT_BITS, dtype=torch.int64)
+        # The highest digit is signed: offset, it counts from 0 as the others do.
+        offset = 2 ** (_DIGIT_BITS - 1) if shift == top else -(found << _DIGIT_BITS)
+        for score in scores:
+            keys = _ordered_keys(score, dtype)
+            if shift != top:
+                keys = keys[keys >> (shift + _DIGIT_BITS) == found]
+            digits = (keys >> shift) + offset
+            histogram += torch.bincount(digits, minlength=2**_DIGIT_BITS).cpu()
+        at_least = histogram.flip(0).cumsum(0)
+        place = int(torch.searchsorted(at_least, k))
+        if place:
+            k -= int(at_least[place - 1])
+        found = 2**_DIGIT_BITS - 1 - place - offset
+    return found, k

@@ -1,0 +1,47 @@
+"""Models for the shipped data sets, by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .convnet import convnet
+from .resnet import resnet
+from .vgg import vgg16_bn
+
+__all__ = ["build", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Names that :func:`build` takes; "resnet20" stands for any depth 6n + 2."""
+    return ("convnet", "resnet20", "vgg16_bn")
+
+
+def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Make a freshly initialised model (from torch's global random generator).
+
+    Args:
+        name: "convnet", "vgg16_bn", or "resnet{6n+2}" such as "resnet20" and "resnet56".
+        num_classes: outputs.
+        in_channels: channels of the images.
+        image_size: height and width of the images, in pixels.
+
+    Returns:
+        A module from ``[N, in_channels, image_size, image_size]`` to logits ``[N, num_classes]``.
+
+    Raises:
+        ValueError: unknown name or depth, sizes below 1, or images too small for the model.
+    """
+    for argument, value in (
+        ("num_classes", num_classes),
+        ("in_channels", in_channels),
+        ("image_size", image_size),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
+    if name == "convnet":
+        return convnet(num_classes, in_channels, image_size)
+    if name == "vgg16_bn":
+        return vgg16_bn(num_classes, in_channels, image_size)
+    if name.startswith("resnet") and name[len("resnet") :].isdecimal():
+        return resnet(int(name[len("resnet") :]), num_classes, in_channels)
+    raise ValueError(f"name: expected 'convnet', 'vgg16_bn' or 'resnet{{6n+2}}', got {name!r}")

@@ -1,0 +1,32 @@
+"""Unlearning methods, fine-tuning, and what is measured on the way.
+
+Importing a method's module registers it: a new method is a new file and its name below.
+"""
+
+from __future__ import annotations
+
+from . import finetune, fisher_mask, random_mask, retrain  # noqa: F401
+from .api import unlearn
+from .base import Edit, Job, Method, methods, register
+from .loop import EpochStats, train
+from .metrics import accuracy
+from .recipe import TrainRecipe
+from .result import EpochRecord, UnlearnResult
+from .search import Candidate, search_mask
+
+__all__ = [
+    "Candidate",
+    "Edit",
+    "EpochRecord",
+    "EpochStats",
+    "Job",
+    "Method",
+    "TrainRecipe",
+    "UnlearnResult",
+    "accuracy",
+    "methods",
+    "register",
+    "search_mask",
+    "train",
+    "unlearn",
+]

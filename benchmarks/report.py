@@ -120,6 +120,59 @@ def write_csv(path: Path, environment: Environment, rows: Sequence[Row]) -> None
     _replace(path, text.getvalue())
 
 
+MARKS = ("<!-- table:begin -->\n", "<!-- table:end -->")
+
+
+def markdown(environment: Environment, command: str, rows: Sequence[Row]) -> str:
+    """One line per case and layout, every contender a column, for a README."""
+    rivals = list(
+        dict.fromkeys(row.contender for row in rows if row.contender not in (PLAIN, OURS))
+    )
+    lines = [
+        f"| batch, layout | plain pass | {OURS} | its peak memory | its error | "
+        + " | ".join(rivals)
+        + " |",
+        "|---" * (5 + len(rivals)) + "|",
+    ]
+    for _, group in groupby(rows, key=lambda row: (row.case, row.layout)):
+        by_name = {row.contender: row for row in group}
+        plain, ours = by_name[PLAIN], by_name[OURS]
+        lines.append(
+            f"| {plain.case}, {plain.batch}, {plain.layout} | {_number(plain.time_ms, '.0f')} ms | "
+            f"**{_multiple(ours)}** | {_number(ours.peak_ratio, '.2f')}x | "
+            f"{_number(ours.max_rel_error, '.0e')} | "
+            + " | ".join(_multiple(by_name[name]) for name in rivals)
+            + " |"
+        )
+    lines.append("")
+    lines.append(
+        "Multiples of the time (and peak memory) of one plain forward and backward pass of the "
+        "same model; median of interleaved rounds. Error: worst parameter, relative, float32 "
+        "against float64."
+    )
+    lines.append("")
+    lines += [f"{line}  " for line in header(environment).splitlines()]
+    lines.append(f"`{command}`")
+    return "\n".join(lines) + "\n"
+
+
+def _multiple(row: Row) -> str:
+    return row.status if row.ratio is None else f"{row.ratio:.2f}x"
+
+
+def update_readme(path: Path, table: str) -> None:
+    """Put ``table`` between the marks of a file.
+
+    Raises:
+        ValueError: the file has no marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.find(MARKS[0]), text.find(MARKS[1])
+    if begin < 0 or end < begin:
+        raise ValueError(f"{path} has no lines {MARKS[0].strip()} and {MARKS[1]}")
+    _replace(path, text[: begin + len(MARKS[0])] + table + text[end:])
+
+
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: an error without bound is null, and the note says why."""
     return {

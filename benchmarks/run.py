@@ -62,6 +62,8 @@ def main(
         if arguments.list:
             print(_listing(cases, rivals))
             return 0
+        if arguments.readme is not None and arguments.from_json is None:
+            raise ValueError("--readme: expected with --from-json")
         if arguments.from_json is not None:
             stored, command, rows = report.read_json(arguments.from_json)
             _show(stored, rows)
@@ -71,6 +73,8 @@ def main(
             report.write_csv(arguments.csv, stored, rows)
         if arguments.figure is not None:
             report.draw(arguments.figure, stored, command, rows)
+        if arguments.readme is not None:
+            report.update_readme(arguments.readme, report.markdown(stored, command, rows))
         return 0
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save", action="store_true", help="name the results after cases and processor instead")
     add("--figure", type=Path, metavar="F.svg", help="draw the ratios (needs matplotlib)")
     add("--from-json", type=Path, metavar="F", help="show or draw a stored run; measures nothing")
+    add("--readme", type=Path, metavar="F", help="with --from-json: put its table into F")
     add("--list", action="store_true", help="list cases and contenders")
     return parser
 

@@ -20,7 +20,7 @@ from .attribution import PROBES, Layout, lay_out
 from .files import replacing
 from .losses import resolve_loss
 from .recorder import Recorder, SampleAxis, Site
-from .reference import PerSampleLoss
+from .reference import PerSampleLoss, call, samples_of
 from .rules import RULES
 from .rules.fallback import sum_grad_squared
 
@@ -223,14 +223,6 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
 def _count(inputs: Any, targets: Any) -> int:
     sizes = {leaf.shape[:1] for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or () in sizes:
@@ -239,10 +231,6 @@ def _count(inputs: Any, targets: Any) -> int:
             f"sizes {sorted(tuple(size) for size in sizes)}"
         )
     return int(sizes.pop()[0])
-
-
-def _first(value: Any, count: int) -> Any:
-    return tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _detached(value: Any) -> Any:
@@ -376,9 +364,9 @@ class _Pass:
             reached[id(site)][current] = grad != 0
 
         recorder = Recorder(self.tracked, RULES, on_grad)
-        inputs, targets = _first(inputs, n), _first(targets, n)
+        inputs, targets = samples_of(inputs, slice(n)), samples_of(targets, slice(n))
         with recorder:
-            output = _call(self.model, inputs)
+            output = call(self.model, inputs)
             losses = self._losses(output, targets, n)
         if self.custom_loss:
             self._check_loss(output, targets, n)
@@ -401,7 +389,7 @@ class _Pass:
     def _independent(self, output: Any, inputs: Any) -> bool:
         """Whether the first sample alone gives what it gave beside another one."""
         with torch.no_grad():
-            alone = _call(self.model, _first(inputs, 1))
+            alone = call(self.model, samples_of(inputs, slice(1)))
         for one, both in zip(tree_leaves(alone), tree_leaves(output), strict=True):
             if isinstance(one, Tensor) and one.is_floating_point() and one.shape[:1] == (1,):
                 # Kernels round differently for other batch sizes; samples that mix differ by more.
@@ -478,7 +466,7 @@ class _Batch:
 
     def forward(self, inputs: Any, targets: Any) -> Tensor:
         with self.recorder:
-            output = _call(self.run.model, inputs)
+            output = call(self.run.model, inputs)
             return self.run._losses(output, targets, self.count)
 
     def attribute(self, probe: _Probe) -> bool:

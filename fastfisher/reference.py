@@ -8,25 +8,46 @@ rule covers with the same two functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
+PerSampleLoss = Callable[[Any, Any], Tensor]
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(inputs)``, with a tuple, list or mapping spread over its arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def samples_of(batch: Any, part: slice) -> Any:
+    """The samples ``part`` of a tensor, or of each tensor in a container."""
+    return tree_map(lambda leaf: leaf[part] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def sample_count(batch: Any) -> int:
+    """Length of the first axis of the first tensor in ``batch``."""
+    return next(leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def sum_grad_squared_loop(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     loss: PerSampleLoss,
     names: Sequence[str],
 ) -> dict[str, Tensor]:
     """Sum over the samples of a batch of squared per-sample gradients, one backward a sample.
 
     Args:
-        model: called as ``model(inputs[n:n+1])``; its mode is left alone.
-        inputs: ``[N, ...]``.
+        model: called on one sample after the other, by :func:`call`; its mode is left alone.
+        inputs: ``[N, ...]``, or a tuple, list or mapping of such.
         targets: ``[N, ...]``.
         loss: ``(output, target) -> [N]`` losses, one a sample.
         names: parameters to differentiate, as in ``model.named_parameters()``.
@@ -38,8 +59,9 @@ def sum_grad_squared_loop(
     parameters = [named[name] for name in names]
     totals = [torch.zeros_like(p, requires_grad=False) for p in parameters]
     with torch.enable_grad():
-        for n in range(inputs.shape[0]):
-            value = loss(model(inputs[n : n + 1]), targets[n : n + 1]).sum()
+        for n in range(sample_count(inputs)):
+            part = slice(n, n + 1)
+            value = loss(call(model, samples_of(inputs, part)), samples_of(targets, part)).sum()
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):
                 if gradient is not None:
@@ -49,8 +71,8 @@ def sum_grad_squared_loop(
 
 def sum_grad_squared_func(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     loss: PerSampleLoss,
     names: Sequence[str],
     *,
@@ -60,7 +82,7 @@ def sum_grad_squared_func(
 
     Args:
         model: called through ``torch.func.functional_call``; its mode is left alone.
-        inputs: ``[N, ...]``.
+        inputs: ``[N, ...]``, or a tuple, list or mapping of such.
         targets: ``[N, ...]``.
         loss: ``(output, target) -> [N]`` losses, one a sample.
         names: parameters to differentiate.
@@ -72,22 +94,29 @@ def sum_grad_squared_func(
     named = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name: named[name].detach() for name in names}
 
-    def sample_loss(parameters: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = torch.func.functional_call(model, dict(parameters), (x.unsqueeze(0),))
-        return loss(output, y.unsqueeze(0)).sum()
+    def alone(sample: Any) -> Any:
+        return tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, sample)
+
+    def sample_loss(parameters: Mapping[str, Tensor], x: Any, y: Any) -> Tensor:
+        def functional(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, dict(parameters), args, kwargs)
+
+        return loss(call(functional, alone(x)), alone(y)).sum()
 
     per_sample = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0, 0))
-    step = chunk_size or inputs.shape[0]
+    count = sample_count(inputs)
+    step = chunk_size or count
     totals = {name: torch.zeros_like(p) for name, p in chosen.items()}
-    for start in range(0, inputs.shape[0], step):
-        gradients = per_sample(chosen, inputs[start : start + step], targets[start : start + step])
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        gradients = per_sample(chosen, samples_of(inputs, part), samples_of(targets, part))
         for name, gradient in gradients.items():
             totals[name] += gradient.square().sum(0)
     return totals
 
 
 def fisher_diag_loop(
-    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: PerSampleLoss
+    model: nn.Module, data: Iterable[tuple[Any, Any]], loss: PerSampleLoss
 ) -> dict[str, Tensor]:
     """Mean over the samples of ``data`` of squared per-sample gradients (paper, section 3.1).
 
@@ -103,7 +132,7 @@ def fisher_diag_loop(
     totals: dict[str, Tensor] = {}
     samples = 0
     for inputs, targets in data:
-        samples += inputs.shape[0]
+        samples += sample_count(inputs)
         for name, value in sum_grad_squared_loop(model, inputs, targets, loss, names).items():
             totals[name] = totals[name] + value if name in totals else value
     return {name: total / samples for name, total in totals.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfisher import FisherDiag, fisher_diag
+from fastfisher import FallbackWarning, FisherDiag, fisher_diag
 
 from .oracle import assert_exact
 
@@ -130,6 +130,30 @@ def test_inputs_as_tuple_and_mapping() -> None:
     expected = fisher_diag(model.out, [(a * b, labels)])["weight"]
     for inputs in ((a, b), [a, b], {"b": b, "a": a}):
         torch.testing.assert_close(fisher_diag(model, [(inputs, labels)])["out.weight"], expected)
+
+
+def test_fallback_takes_a_tuple_and_a_mapping() -> None:
+    class Two(nn.Module):
+        def __init__(self, vmap: bool) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(3))
+            self.vmap = vmap
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            if not self.vmap:
+                assert a.sum().item() < 1e6
+            return torch.einsum("ni,ni,i->ni", a, b, self.scale)
+
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    p = nn.Linear(3, 3, bias=False)
+    for vmap in (True, False):
+        model = Two(vmap)
+        p.weight.data = torch.diag(model.scale.data)
+        expected = fisher_diag(p, [(a * b, torch.arange(4) % 3)])["weight"].diagonal()
+        for inputs in ((a, b), {"b": b, "a": a}):
+            with pytest.warns(FallbackWarning, match="torch.func" if vmap else "per-sample loop"):
+                result = fisher_diag(model, [(inputs, torch.arange(4) % 3)])
+            torch.testing.assert_close(result["scale"], expected)
 
 
 @pytest.mark.parametrize("name", ["mse", "bce_with_logits"])

@@ -83,8 +83,19 @@ void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position
     __builtin_memcpy(dst, src, positions * rows * sizeof(T));
     return;
   }
-  if (row_stride == 1) {
-    for (int64_t t = 0; t < positions; ++t) {
+  if (row_stride == 1 && rows <= 2 * L) {
+    // Whole vectors, but for the last positions, where they would reach past the end of src or dst.
+    const int64_t width = rows > L ? 2 * L : L;
+    const int64_t step = position_stride < ld ? position_stride : ld;
+    const int64_t exact = step > 0 ? (width - rows + step - 1) / step : positions;
+    int64_t t = 0;
+    for (; t < positions - exact; ++t) {
+      const T* from = src + t * position_stride;
+      const auto low = load(from);
+      if (rows > L) store(dst + t * ld + L, load(from + L));
+      store(dst + t * ld, low);
+    }
+    for (; t < positions; ++t) {
       __builtin_memcpy(dst + t * ld, src + t * position_stride, rows * sizeof(T));
     }
     return;

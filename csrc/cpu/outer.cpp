@@ -23,9 +23,6 @@ namespace {
 constexpr int64_t kBlockBytes = int64_t{1} << 20;
 // Elements that a short copy moves at once.
 constexpr int64_t kCopyElements = 4;
-// Channels up to which operands with the channels innermost are read in place: with more, the
-// positions of a tile lie so far apart that they compete for the same cache sets.
-constexpr int64_t kInPlaceStride = 128;
 // Lanes of the widest vector of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
 // Enough tasks that threads finish together; a constant, never the number of threads.
@@ -173,7 +170,7 @@ class Outer {
         panel.position = taps * panel.channels;
         panel.line = p_.out_width * panel.position;
         panel.sample = p_.out_height * panel.line;
-      } else if (panel.layout == Layout::kTap && readable_in_place(p_.x_stride, panel.channels)) {
+      } else if (panel.layout == Layout::kTap && readable_in_place(panel.channels)) {
         panel.in_place = true;
         panel.position = p_.x_stride[3];
         panel.line = p_.x_stride[2];
@@ -188,16 +185,15 @@ class Outer {
       x_sample_ += panel.sample;
       panels_.push_back(panel);
     }
-    // Whole vectors of g are read in depthwise products only.
-    g_in_place_ = readable_in_place(p_.g_stride, depthwise_ ? total_rows_ : k_.vector_lanes);
-    g_sample_ = g_in_place_ ? 0 : row_panels_ * row_panel_ * out_positions_;
+    g_sample_ = row_panels_ * row_panel_ * out_positions_;
     for (int64_t i = 0; i < int64_t(panels_.size()); ++i) plan_products(i);
   }
 
-  // Whether `channels` of an operand can be read where they are: innermost, in whole vectors, and
-  // with positions that are not far apart.
-  bool readable_in_place(const int64_t* stride, int64_t channels) const {
-    return stride[1] == 1 && stride[3] <= kInPlaceStride && channels % k_.vector_lanes == 0;
+  // Whether x lies in memory as its packed panel would. With more channels than one panel it could
+  // be read in place too, but positions far apart compete for the same cache sets: measured at half
+  // the speed for 64 channels.
+  bool readable_in_place(int64_t channels) const {
+    return p_.x_stride[1] == 1 && p_.x_stride[3] == channels && channels % k_.vector_lanes == 0;
   }
 
   void plan_products(int64_t index) {
@@ -279,7 +275,7 @@ class Outer {
   void pack_sample(int64_t begin, int64_t n, int64_t group) {
     const T* g = g_ + (begin + n) * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
     T* g_to = g_packed_ + group * block_ * g_sample_;
-    for (int64_t panel = 0; panel < (g_in_place_ ? 0 : row_panels_); ++panel) {
+    for (int64_t panel = 0; panel < row_panels_; ++panel) {
       const int64_t first = panel * row_panel_;
       const int64_t rows = std::min(row_panel_, total_rows_ - first);
       T* to = g_to + (panel * block_ + n) * row_panel_ * out_positions_;
@@ -320,7 +316,7 @@ class Outer {
                  int64_t rows, int64_t positions) const {
     const int64_t lanes = k_.vector_lanes;
     const int64_t overrun = (rows > lanes ? 2 * lanes : lanes) - ld;
-    if (overrun <= 0 || row_stride == 1 || position_stride != 1) {
+    if (overrun <= 0 || position_stride != 1) {
       k_.pack(to, ld, from, row_stride, position_stride, rows, positions);
       return;
     }
@@ -405,22 +401,11 @@ class Outer {
     const Panel& panel = panels_[product.panel];
     const int64_t first_row = row_panel * row_panel_;
 
-    // Where the samples of this chunk begin, and the distances between samples, lines, positions.
-    const T* g;
-    int64_t g_sample, g_line, g_position;
-    if (g_in_place_) {
-      g = g_ + (begin + from) * p_.g_stride[0] + (group * p_.rows + first_row) * p_.g_stride[1];
-      g_sample = p_.g_stride[0];
-      g_line = p_.g_stride[2];
-      g_position = p_.g_stride[3];
-    } else {
-      g = g_packed_ + group * block_ * g_sample_ +
-          (row_panel * block_ + from) * row_panel_ * out_positions_;
-      g_sample = row_panel_ * out_positions_;
-      g_line = p_.out_width * row_panel_;
-      g_position = row_panel_;
-    }
-    g += product.lines.begin * g_line + product.positions.begin * g_position;
+    const int64_t g_position = row_panel_;
+    const int64_t g_line = p_.out_width * g_position;
+    const int64_t g_sample = p_.out_height * g_line;
+    const T* g = g_packed_ + group * block_ * g_sample_ + (row_panel * block_ + from) * g_sample +
+                 product.lines.begin * g_line + product.positions.begin * g_position;
     const T* x;
     int64_t x_sample;
     if (panel.in_place) {
@@ -477,7 +462,7 @@ class Outer {
   const T* x_;
   T* out_;
   T alpha_;
-  bool depthwise_ = false, g_in_place_ = false;
+  bool depthwise_ = false;
   int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0, out_positions_ = 0;
   int64_t x_sample_ = 0, g_sample_ = 0, block_ = 1, chunks_ = 1, out_elements_ = 0;
   std::vector<Panel> panels_;

@@ -22,13 +22,17 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard MANIFEST.in fastfisher/_build
                 $(shell find csrc -type f)
 CXX_FILES := find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \)
 
+# A copy of the package with an instrumented module, and the tests that run native code.
+SANITIZED := build/sanitized
+NATIVE_TESTS := tests/test_ops.py tests/test_fisher_layers.py
+
 # Empty files in .venv that say which step was done last, and when.
 ENVIRONMENT := $(VENV)/.stamp-environment
 INSTALLED := $(VENV)/.stamp-installed
 BENCH_INSTALLED := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean distclean
+.PHONY: help install demo test sanitize lint format bench clean distclean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +45,13 @@ demo: $(INSTALLED) ## unlearn one class of scikit-learn's digits
 
 test: $(INSTALLED) ## run the tests
 	$(PY) -m pytest -q $(ARGS)
+
+sanitize: $(INSTALLED) ## run the native tests under the address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r fastfisher tests pyproject.toml $(SANITIZED) && rm -f $(SANITIZED)/fastfisher/*.so
+	FASTFISHER_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(PY)) -m pytest -q -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
 
 lint: $(INSTALLED) ## check style, formatting and types; changes nothing
 	$(VENV)/bin/ruff check .

@@ -37,14 +37,19 @@ def extension() -> CppExtension:
     ]
     if x86:
         flags.append("-DFASTFISHER_X86")
-    if os.environ.get("FASTFISHER_DEBUG") == "1":
-        flags += ["-g", "-O1"]
+    link: list[str] = []
+    # For `make sanitize`: such a module needs the sanitizers' runtime loaded before Python.
+    sanitizers = os.environ.get("FASTFISHER_SANITIZE")
+    if sanitizers:
+        flags += ["-g", "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        link.append(f"-fsanitize={sanitizers}")
     return CppExtension(
         name="fastfisher._C",
         sources=sources,
         include_dirs=[pybind11_include()],
         depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")],
         extra_compile_args={"cxx": flags},
+        extra_link_args=link,
     )
 
 

@@ -3,15 +3,18 @@
 from .fisher_diag import FallbackWarning, FisherDiag, fisher_diag
 from .masking import Mask, fisher_mask_, random_mask_
 from .unlearning import UnlearnResult, unlearn
+from .verify import ParameterCheck, verify
 
 __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
     "FisherDiag",
     "Mask",
+    "ParameterCheck",
     "UnlearnResult",
     "fisher_diag",
     "fisher_mask_",
     "random_mask_",
     "unlearn",
+    "verify",
 ]

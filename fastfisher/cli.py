@@ -228,7 +228,18 @@ def parser() -> argparse.ArgumentParser:
     )
     _batch(evaluate)
 
-    command("doctor", commands.doctor, "tell what is installed, and how to fix what is missing")
+    doctor = command(
+        "doctor", commands.doctor, "tell what is installed, and how to fix what is missing"
+    )
+    doctor.add_argument(
+        "--model",
+        metavar="NAME",
+        help="check the Fisher of this model, too, against single-sample backward passes",
+    )
+    _data(doctor)
+    doctor.add_argument(
+        "--samples", type=_positive, default=4, metavar="N", help="to check it on (default 4)"
+    )
     return top
 
 

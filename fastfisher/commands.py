@@ -36,6 +36,7 @@ from .unlearning import train as train_model
 from .unlearning import unlearn as unlearn_model
 from .unlearning.metrics import device_of, evaluating
 from .unlearning.report import ACCURACIES, accuracy_table, stages, training_page, unlearning_page
+from .verify import ParameterCheck, verify
 
 EVALUATION_BATCH = 128
 DEMO_OUT = Path("runs/demo")
@@ -254,7 +255,28 @@ def doctor(args: argparse.Namespace) -> Outcome:
             print(f"{'':<18}to fix: {check.fix}")
     good = diagnosis.usable(findings)
     print("\nfastfisher is usable" if good else "\nfastfisher is not usable as it is")
-    return Outcome({"usable": good, "checks": [vars(check) for check in findings]}, good)
+    document = {"usable": good, "checks": [vars(check) for check in findings]}
+    if args.model is None:
+        return Outcome(document, good)
+    checks = _verify(args)
+    exact = all(check.exact for check in checks)
+    return Outcome({**document, "parameters": [vars(c) for c in checks]}, good and exact)
+
+
+def _verify(args: argparse.Namespace) -> list[ParameterCheck]:
+    """Check a fresh model's Fisher on a few training samples, and print it."""
+    if args.dataset is None and args.data is None:
+        raise UsageError("--model: expected with --dataset or --data")
+    bundle = _bundle(_data_config(args))
+    inputs, targets = next(iter(batches(bundle.train, args.samples)))
+    checks = verify(_build(args.model, bundle), (inputs, targets))
+    wrong = [check for check in checks if not check.exact]
+    print(f"\n{args.model} on {len(targets)} samples of {bundle.name}, in float64")
+    rows = [[c.name, c.rule, f"{c.error:.1e}", "" if c.exact else "WRONG"] for c in checks]
+    _print_table(["parameter", "computed by", "error", ""], rows, left=2)
+    names = ", ".join(check.name for check in wrong)
+    print(f"\nwrong: {names}" if wrong else f"\nall {len(checks)} parameters are exact")
+    return checks
 
 
 def _train_into(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attribution import PROBES, Layout, lay_out
 from .files import replacing
-from .losses import resolve_loss
+from .losses import Term, check_kind, resolve_loss, terms
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .rules import RULES
@@ -26,6 +27,8 @@ from .rules.fallback import sum_grad_squared
 
 __all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
 
+# Batches whose squares are added in the sums' own precision before they go into a float64 total.
+_BATCHES_PER_SUM = 32
 # Per-sample gradients of a parameter with several uses are formed for this many elements at once.
 _JOINT_ELEMENTS = 1 << 24
 
@@ -39,7 +42,7 @@ class FisherDiag(Mapping[str, Tensor]):
 
     Attributes:
         samples: how many samples it was computed from.
-        kind: ``"empirical"``.
+        kind: ``"empirical"``, ``"mc"`` or ``"exact"``.
         reduction: ``"mean"`` (divided by ``samples``) or ``"sum"``.
         rules: for each parameter, what computed it.
     """
@@ -121,6 +124,8 @@ def fisher_diag(
     *,
     loss: str | Callable[[Any, Any], Tensor] = "cross_entropy",
     kind: str = "empirical",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
     reduction: str = "mean",
     parameters: Iterable[str] | None = None,
     strict: bool = True,
@@ -131,7 +136,9 @@ def fisher_diag(
     For each parameter entry, the sum over samples of the squared gradient of that sample's loss
     (paper, section 3.1, with the observed labels: the empirical Fisher), divided by the number of
     samples. Costs about one forward and one backward pass and, beside the model, one buffer of the
-    size of its parameters.
+    size of its parameters. Kinds that take the expectation over the model's own targets run the
+    forward pass once and one backward pass for each drawn target ("mc"), or C - 1 for C classes
+    ("exact"; as many as the output has entries for the other losses).
 
     Every parameter is exact, by a fast rule or, slower, by ``torch.func`` (see ``.rules`` of the
     result; :class:`FallbackWarning` says so once), or the call raises. ``model`` is put in eval
@@ -143,9 +150,14 @@ def fisher_diag(
             other samples of the batch.
         data: batches ``(input, target)``; tensors have the ``N`` samples of the batch along their
             first axis.
-        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error), ``"bce_with_logits"``, or a
-            callable ``(output, target) -> [N]`` of per-sample losses.
-        kind: ``"empirical"``.
+        loss: ``"cross_entropy"``, ``"mse"`` (half the squared error), ``"bce_with_logits"``, each
+            summed over the positions of a sample; a ``torch.nn.CrossEntropyLoss``, for its class
+            weights, ``ignore_index`` and label smoothing; or a callable ``(output, target) -> [N]``
+            of per-sample losses.
+        kind: ``"empirical"`` (observed targets), ``"mc"`` (targets drawn from the model), or
+            ``"exact"`` (the expectation over the model's targets).
+        samples: targets drawn for each sample by ``"mc"``.
+        generator: source of the draws of ``"mc"``; None is torch's global one.
         reduction: ``"mean"`` over the samples, or ``"sum"``.
         parameters: names to compute; None is every parameter that requires grad.
         strict: raise where a parameter cannot be computed; otherwise leave it out and warn.
@@ -159,12 +171,13 @@ def fisher_diag(
         ValueError: an argument is not as described, or ``data`` has no sample.
         RuntimeError: a parameter's Fisher cannot be computed exactly; names it and says why.
     """
-    loss_fn = resolve_loss(loss)
-    if kind != "empirical":
-        raise ValueError(f"kind: expected 'empirical', got {kind!r}")
+    resolved = resolve_loss(loss)
+    check_kind(kind, resolved, samples)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    run = _Pass(model, loss_fn, _chosen_parameters(model, parameters), strict, callable(loss))
+    expand = functools.partial(terms, kind, resolved, samples=samples, generator=generator)
+    chosen = _chosen_parameters(model, parameters)
+    run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss))
     with _left_as_found(model), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
             run.add_batch(inputs, targets)
@@ -233,6 +246,15 @@ def _count(inputs: Any, targets: Any) -> int:
     return int(sizes.pop()[0])
 
 
+def _with_last(values: Iterator[Term]) -> Iterator[tuple[Term, bool]]:
+    """Each value, and whether it is the last one."""
+    current = next(values, None)
+    while current is not None:
+        following = next(values, None)
+        yield current, following is None
+        current = following
+
+
 def _detached(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
 
@@ -267,11 +289,15 @@ class _Pass:
 
     model: nn.Module
     loss: PerSampleLoss
+    expand: Callable[[Any, Any], Iterator[Term]]
     chosen: dict[str, nn.Parameter]
     strict: bool
     custom_loss: bool
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    #: Sums of earlier batches, in float64; only where there are many batches.
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
     rules: dict[str, str] = field(default_factory=dict)
     #: Parameters served by the fallback, and why.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -294,21 +320,26 @@ class _Pass:
         if probe is None:
             probe = self._probe(inputs, targets, count)
         batch = _Batch(self, count)
-        losses = batch.forward(inputs, targets)
+        output = batch.forward(inputs)
         if not batch.attribute(probe):
             # Other calls than in the probe: control flow that depends on data, or a new shape.
             probe = self._probe(inputs, targets, count)
             batch = _Batch(self, count)
-            losses = batch.forward(inputs, targets)
+            output = batch.forward(inputs)
             if not batch.attribute(probe):
                 batch.give_up("the forward pass makes other calls for other samples")
         self.probe = probe
         _probes[self.model] = probe
-        batch.backward(losses, inputs)
-        self._fall_back(batch, inputs, targets)
+        for term, last in _with_last(self.expand(output, targets)):
+            values = self.losses(term.function, output, term.targets, count)
+            batch.backward(values, inputs, term.weight, keep_graph=not last)
+            self._fall_back(batch, inputs, term)
         self.samples += count
+        self.batches += 1
+        if self.batches % _BATCHES_PER_SUM == 0:
+            self._fold()
 
-    def _fall_back(self, batch: _Batch, inputs: Any, targets: Any) -> None:
+    def _fall_back(self, batch: _Batch, inputs: Any, term: Term) -> None:
         names = [name for name in self.chosen if name in batch.reasons]
         if not names:
             return
@@ -316,7 +347,9 @@ class _Pass:
         for name in new:
             self.reasons[name] = batch.reasons[name]
         try:
-            sums, way = sum_grad_squared(self.model, inputs, targets, self.loss, names, batch.count)
+            sums, way = sum_grad_squared(
+                self.model, inputs, term.targets, term.function, names, batch.count
+            )
         except RuntimeError as error:
             if self.strict:
                 raise
@@ -324,9 +357,10 @@ class _Pass:
             for name in names:
                 del self.chosen[name]
                 self.sums.pop(name, None)
+                self.totals.pop(name, None)
             return
         for name in names:
-            self.sum_of(name).add_(sums[name])
+            self.sum_of(name).add_(sums[name], alpha=term.weight)
             self.rules[name] = f"fallback: {way} ({self.reasons[name]})"
         if new:
             listed = "; ".join(f"{name}: {self.reasons[name]}" for name in new)
@@ -335,6 +369,18 @@ class _Pass:
                 FallbackWarning,
                 stacklevel=4,
             )
+
+    def _fold(self) -> None:
+        """Moves the float32 sums of the last batches into float64 totals.
+
+        A float32 sum of very many batches would lose the small ones: after 10^4 additions the
+        rounding errors alone reach 1e-6.
+        """
+        for name, value in self.sums.items():
+            if value.dtype == torch.float32:
+                total = self.totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
+                total.add_(value)
+                value.zero_()
 
     def sum_of(self, name: str, memory_format: torch.memory_format | None = None) -> Tensor:
         """The buffer that a parameter's squares are added to."""
@@ -367,7 +413,7 @@ class _Pass:
         inputs, targets = samples_of(inputs, slice(n)), samples_of(targets, slice(n))
         with recorder:
             output = call(self.model, inputs)
-            losses = self._losses(output, targets, n)
+            losses = self.losses(self.loss, output, targets, n)
         if self.custom_loss:
             self._check_loss(output, targets, n)
         reasons = self._hidden_uses(losses, recorder, inputs)
@@ -399,8 +445,10 @@ class _Pass:
                     return False
         return True
 
-    def _losses(self, output: Any, targets: Any, count: int) -> Tensor:
-        losses = self.loss(output, targets)
+    @staticmethod
+    def losses(function: PerSampleLoss, output: Any, targets: Any, count: int) -> Tensor:
+        """``function``, whose result must be one number a sample."""
+        losses = function(output, targets)
         if not isinstance(losses, Tensor) or losses.shape != (count,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"loss: expected per-sample losses [N] = [{count}], got {shape}")
@@ -411,7 +459,7 @@ class _Pass:
         if count < 2 or not isinstance(output, Tensor) or output.shape[0] != count:
             return
         leaf = output.detach().requires_grad_()
-        losses = self._losses(leaf, targets, count)
+        losses = self.losses(self.loss, leaf, targets, count)
         if losses.requires_grad:
             (grad,) = torch.autograd.grad(losses[0], [leaf])
             if bool(grad[1:].any()):
@@ -443,7 +491,17 @@ class _Pass:
             if parameter._version != self.versions[name]:
                 raise RuntimeError(f"the forward pass modified parameter {name!r} in place")
         factor = 1.0 / self.samples if reduction == "mean" else 1.0
-        values = {name: self.sum_of(name).mul_(factor).contiguous() for name in self.chosen}
+        if self.totals:
+            self._fold()
+        values = {}
+        for name in self.chosen:
+            total = self.totals.pop(name, None)
+            value = self.sum_of(name)
+            if total is not None:
+                value.copy_(total.mul_(factor))
+            else:
+                value.mul_(factor)
+            values[name] = value.contiguous()
         rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}
         return FisherDiag(values, samples=self.samples, kind=kind, reduction=reduction, rules=rules)
 
@@ -463,11 +521,11 @@ class _Batch:
         self._uses: dict[str, int] = defaultdict(int)
         self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
         self._done: set[str] = set()
+        self._weight = 1.0
 
-    def forward(self, inputs: Any, targets: Any) -> Tensor:
+    def forward(self, inputs: Any) -> Any:
         with self.recorder:
-            output = call(self.run.model, inputs)
-            return self.run._losses(output, targets, self.count)
+            return call(self.run.model, inputs)
 
     def attribute(self, probe: _Probe) -> bool:
         """Finds each site's sample axis; False if these are not the calls that were probed."""
@@ -505,12 +563,19 @@ class _Batch:
             if name not in self._uses:
                 self.reasons[name] = "used with gradients switched off, perhaps by checkpointing"
 
-    def backward(self, losses: Tensor, inputs: Any) -> None:
+    def backward(
+        self, losses: Tensor, inputs: Any, weight: float, *, keep_graph: bool = False
+    ) -> None:
+        """Adds ``weight`` times the squared gradients of ``losses [N]``."""
+        self._weight = weight
+        self._done.clear()
+        for site in self.recorder.sites:
+            site.reached = False
         if losses.requires_grad:
             # A parameter that still gets a gradient was used where the mode could not see it.
             leaves = self.run.leaves(self.recorder, inputs)
             grads: Sequence[Tensor | None] = torch.autograd.grad(
-                losses.sum(), leaves, allow_unused=True
+                losses.sum(), leaves, allow_unused=True, retain_graph=keep_graph
             )
             for name, grad in zip(self.run.tracked, grads, strict=False):
                 if grad is None:
@@ -571,7 +636,7 @@ class _Batch:
             outs[slot] = out
             self._finished(name, site.function)
         if outs:
-            site.use.accumulate(outs, grad, self._samples[id(site)], 1.0)
+            site.use.accumulate(outs, grad, self._samples[id(site)], self._weight)
 
     def _finished(self, name: str, function: str) -> None:
         self._done.add(name)
@@ -594,6 +659,6 @@ class _Batch:
                 view = site.use.views[slot]
                 for row, value in zip(joint, each, strict=True):
                     view.replay(row).add_(value)
-            total.add_(joint.square_().sum(0))
+            total.add_(joint.square_().sum(0), alpha=self._weight)
         functions = sorted({site.function for site, _, _ in uses})
         self._finished(name, f"{' + '.join(functions)}, {self._uses[name]} uses")

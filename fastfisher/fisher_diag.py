@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,7 +10,6 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,7 +214,7 @@ def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
     return tqdm(data, desc="fisher", unit="batch", leave=False, disable=None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards modes, buffers and gradients are what they were."""
     modes = [(module, module.training) for module in model.modules()]
@@ -319,25 +319,37 @@ class _Pass:
         probe = self.probe or _probes.get(self.model)
         if probe is None:
             probe = self._probe(inputs, targets, count)
-        batch = _Batch(self, count)
-        output = batch.forward(inputs)
-        if not batch.attribute(probe):
+        if not self._run_batch(inputs, targets, count, probe, is_certain=False):
             # Other calls than in the probe: control flow that depends on data, or a new shape.
             probe = self._probe(inputs, targets, count)
-            batch = _Batch(self, count)
-            output = batch.forward(inputs)
-            if not batch.attribute(probe):
-                batch.give_up("the forward pass makes other calls for other samples")
+            self._run_batch(inputs, targets, count, probe, is_certain=True)
         self.probe = probe
         _probes[self.model] = probe
-        for term, last in _with_last(self.expand(output, targets)):
-            values = self.losses(term.function, output, term.targets, count)
-            batch.backward(values, inputs, term.weight, keep_graph=not last)
-            self._fall_back(batch, inputs, term)
         self.samples += count
         self.batches += 1
         if self.batches % _BATCHES_PER_SUM == 0:
             self._fold()
+
+    def _run_batch(
+        self, inputs: Any, targets: Any, count: int, probe: _Probe, *, is_certain: bool
+    ) -> bool:
+        """Adds a batch; False, and nothing added, if its calls are not those of the probe.
+
+        ``is_certain`` says that the probe is of this very batch: then what it does not explain
+        goes to the fallback.
+        """
+        batch = _Batch(self, count)
+        with contextlib.closing(batch.recorder):
+            output = batch.forward(inputs)
+            if not batch.attribute(probe):
+                if not is_certain:
+                    return False
+                batch.give_up("the forward pass makes other calls for other samples")
+            for term, last in _with_last(self.expand(output, targets)):
+                values = self.losses(term.function, output, term.targets, count)
+                batch.backward(values, inputs, term.weight, keep_graph=not last)
+                self._fall_back(batch, inputs, term)
+        return True
 
     def _fall_back(self, batch: _Batch, inputs: Any, term: Term) -> None:
         names = [name for name in self.chosen if name in batch.reasons]
@@ -411,26 +423,29 @@ class _Pass:
 
         recorder = Recorder(self.tracked, RULES, on_grad)
         inputs, targets = samples_of(inputs, slice(n)), samples_of(targets, slice(n))
-        with recorder:
-            output = call(self.model, inputs)
-            losses = self.losses(self.loss, output, targets, n)
-        if self.custom_loss:
-            self._check_loss(output, targets, n)
-        reasons = self._hidden_uses(losses, recorder, inputs)
-        if n > 1 and not self._independent(output, inputs):
-            reason = "one sample's output depends on the other samples of its batch"
-            reasons = dict.fromkeys(self.tracked, reason)
-        values = losses
-        if isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] == n:
-            # Weights drawn once: a loss that is already zero would reach nothing.
-            weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(0))
-            values = (output * weights.to(output)).flatten(1).sum(1)
-        if values.requires_grad and n == PROBES:
-            for current in range(n):
+        with contextlib.closing(recorder):
+            with recorder:
+                output = call(self.model, inputs)
+                losses = self.losses(self.loss, output, targets, n)
+            if self.custom_loss:
+                self._check_loss(output, targets, n)
+            reasons = self._hidden_uses(losses, recorder, inputs)
+            if n > 1 and not self._independent(output, inputs):
+                reason = "one sample's output depends on the other samples of its batch"
+                reasons = dict.fromkeys(self.tracked, reason)
+            values = losses
+            if isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] == n:
+                # Weights drawn once: a loss that is already zero would reach nothing.
+                weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(0))
+                values = (output * weights.to(output)).flatten(1).sum(1)
+            if values.requires_grad and n == PROBES:
                 leaves = self.leaves(recorder, inputs)
-                torch.autograd.grad(values[current], leaves, retain_graph=True, allow_unused=True)
-        layouts = [lay_out(site, reached[id(site)]) for site in recorder.sites]
-        return _Probe(layouts if n == PROBES else [], reasons)
+                for current in range(n):
+                    torch.autograd.grad(
+                        values[current], leaves, retain_graph=True, allow_unused=True
+                    )
+            layouts = [lay_out(site, reached[id(site)]) for site in recorder.sites]
+            return _Probe(layouts if n == PROBES else [], reasons)
 
     def _independent(self, output: Any, inputs: Any) -> bool:
         """Whether the first sample alone gives what it gave beside another one."""

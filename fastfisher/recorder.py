@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 Function = Callable[..., Any]
 
@@ -84,9 +85,16 @@ class SampleAxis:
 
 @dataclass
 class Site:
-    """One recorded call."""
+    """One recorded call.
+
+    An output's hook holds the site and the site the output's node: a circle through the autograd
+    graph, which Python's collector cannot see. :meth:`release` opens it.
+    """
 
     function: str
+    #: The parameters that the call reads.
+    names: tuple[str, ...]
+    #: What its rule knows; not to be asked for after :meth:`release`.
     use: Use
     output_shape: torch.Size
     #: Tensors the kernels will read, with their version at the time of the call.
@@ -95,11 +103,15 @@ class Site:
     node: torch.autograd.graph.Node | None = None
     #: Whether backward has come by.
     reached: bool = False
+    #: Unhooks the output.
+    handle: RemovableHandle | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters that the call reads."""
-        return tuple(view.name for view in self.use.views.values())
+    def release(self) -> None:
+        """Lets go of every tensor."""
+        if self.handle is not None:
+            self.handle.remove()
+        del self.use
+        self.saved, self.node, self.handle = (), None, None
 
     def check_saved(self) -> None:
         """Raises if a saved tensor was modified in place since the call."""
@@ -194,7 +206,9 @@ class Recorder(TorchFunctionMode):
             inputs: tensors that the call reads beside parameters and that ``use`` holds.
             compute: runs the function on detached parameters.
         """
-        site = Site(name_of(function), use, torch.Size(), tuple((x, x._version) for x in inputs))
+        names = tuple(view.name for view in use.views.values())
+        saved = tuple((x, x._version) for x in inputs)
+        site = Site(name_of(function), names, use, torch.Size(), saved)
 
         def hook(grad: Tensor) -> None:
             site.reached = True
@@ -202,12 +216,19 @@ class Recorder(TorchFunctionMode):
 
         if any(x.requires_grad for x in inputs):
             output = compute()
-            output.register_hook(hook)
+            site.handle = output.register_hook(hook)
         else:
             output = _Source.apply(self.anchor, compute, hook)
         site.output_shape, site.node = output.shape, output.grad_fn
         self.sites.append(site)
         return output
+
+    def close(self) -> None:
+        """Lets go of everything that the forward pass left; call it when backward is over."""
+        for site in self.sites:
+            site.release()
+        self.sites.clear()
+        self._tracked.clear()
 
     # -- the mode ----------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,35 @@ def test_model_is_left_as_found(fail: bool) -> None:
     assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
     assert all(p._version == versions[name] for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Watched(nn.Module):
+    """Remembers, without holding them, the activations that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(weakref.ref(x))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_nothing_of_a_batch_outlives_it(kind: str) -> None:
+    first, second = Watched(), Watched()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), first, nn.ReLU(), nn.Conv2d(4, 4, 3), second, nn.Flatten(),
+        nn.Linear(64, 5),
+    )  # fmt: skip
+    gc.disable()  # a circle that only the collector opens would fill the memory first
+    try:
+        fisher_diag(model, [batch(), batch()], kind=kind)
+        alive = [ref for watched in (first, second) for ref in watched.seen if ref() is not None]
+    finally:
+        gc.enable()
+    assert len(first.seen) >= 4
+    assert not alive
 
 
 def test_frozen_parameters_and_a_choice_of_names() -> None:

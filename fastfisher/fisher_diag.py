@@ -24,13 +24,12 @@ from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .rules import RULES
 from .rules.fallback import sum_grad_squared
+from .rules.joint import CopyingView, Occurrence, add_jointly
 
 __all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
 
 # Batches whose squares are added in the sums' own precision before they go into a float64 total.
 _BATCHES_PER_SUM = 32
-# Per-sample gradients of a parameter with several uses are formed for this many elements at once.
-_JOINT_ELEMENTS = 1 << 24
 
 
 class FallbackWarning(UserWarning):
@@ -659,21 +658,17 @@ class _Batch:
 
     @torch.no_grad()
     def _add_jointly(self, name: str) -> None:
-        """Adds the gradients of all uses of one parameter, sample by sample, then squares."""
+        """Adds the gradients of all uses of one parameter, then squares."""
         uses = self._pending.pop(name)
         if name in self.reasons:
             return
-        total = self.run.sum_of(name)
-        step = max(1, _JOINT_ELEMENTS // max(1, total.numel()))
-        for start in range(0, self.count, step):
-            part = slice(start, min(start + step, self.count))
-            joint = total.new_zeros(part.stop - part.start, *total.shape)
-            for site, slot, grad in uses:
-                samples = self._samples[id(site)]
-                each = site.use.per_sample(slot, grad.to(total.dtype), samples, part)
-                view = site.use.views[slot]
-                for row, value in zip(joint, each, strict=True):
-                    view.replay(row).add_(value)
-            total.add_(joint.square_().sum(0), alpha=self._weight)
+        occurrences = [
+            Occurrence(site.use, slot, grad, self._samples[id(site)]) for site, slot, grad in uses
+        ]
+        try:
+            add_jointly(self.run.sum_of(name), occurrences, self.count, self._weight)
+        except CopyingView as error:
+            self.reasons[name] = str(error)
+            return
         functions = sorted({site.function for site, _, _ in uses})
         self._finished(name, f"{' + '.join(functions)}, {self._uses[name]} uses")

@@ -57,6 +57,12 @@ class Use(Protocol):
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         """Per-sample gradients ``[n, *view.shape]`` of one argument, for samples ``part``."""
 
+    def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Any:
+        """The same gradients as factors (:mod:`fastfisher.rules.terms`), or None if they are small.
+
+        ``grad`` has the dtype that the squares are accumulated in.
+        """
+
 
 @dataclass(frozen=True)
 class SampleAxis:

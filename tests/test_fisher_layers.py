@@ -92,6 +92,76 @@ def test_conv2d(shape: tuple[int, ...], options: dict, dtype: torch.dtype) -> No
     assert_exact(head_for(layer, inputs), inputs, targets(shape[0]), dtype=dtype)
 
 
+# Every dimension, transposed or not; odd sizes, groups, each padding mode.
+OTHER_CONVOLUTIONS = [
+    (nn.Conv1d, (3, 5, 11), dict(out_channels=7, kernel_size=3, padding=1)),
+    (nn.Conv1d, (1, 1, 4), dict(out_channels=1, kernel_size=4)),
+    (nn.Conv1d, (2, 6, 13), dict(out_channels=4, kernel_size=5, stride=3, dilation=2, groups=2)),
+    (nn.Conv1d, (2, 3, 8), dict(out_channels=4, kernel_size=4, padding="same")),
+    (nn.Conv1d, (2, 3, 8), dict(out_channels=4, kernel_size=3, padding=2, padding_mode="circular")),
+    (nn.Conv2d, (2, 3, 6, 7), dict(out_channels=4, kernel_size=3, padding="valid")),
+    (nn.Conv2d, (2, 3, 6, 7), dict(out_channels=4, kernel_size=2, padding=(2, 1))),
+    (
+        nn.Conv2d,
+        (2, 3, 6, 7),
+        dict(out_channels=4, kernel_size=4, padding="same", padding_mode="replicate"),
+    ),
+    (nn.Conv3d, (2, 3, 5, 4, 6), dict(out_channels=4, kernel_size=3, padding=1)),
+    (nn.Conv3d, (1, 1, 2, 2, 2), dict(out_channels=1, kernel_size=2)),
+    (
+        nn.Conv3d,
+        (2, 4, 7, 5, 6),
+        dict(out_channels=6, kernel_size=(3, 2, 1), stride=(2, 1, 3), dilation=(2, 1, 1), groups=2),
+    ),
+    (nn.Conv3d, (2, 2, 3, 4, 4), dict(out_channels=3, kernel_size=(4, 2, 3), padding="same")),
+    (nn.Conv3d, (2, 2, 1, 4, 4), dict(out_channels=3, kernel_size=(7, 1, 1), padding=(3, 0, 0))),
+    (
+        nn.Conv3d,
+        (2, 2, 3, 4, 4),
+        dict(out_channels=3, kernel_size=3, padding=1, padding_mode="reflect"),
+    ),
+    (nn.ConvTranspose1d, (3, 5, 6), dict(out_channels=7, kernel_size=3)),
+    (
+        nn.ConvTranspose1d,
+        (2, 4, 5),
+        dict(out_channels=6, kernel_size=4, stride=3, padding=2, output_padding=2, groups=2),
+    ),
+    (nn.ConvTranspose2d, (2, 3, 4, 5), dict(out_channels=6, kernel_size=3, stride=2, padding=1)),
+    (nn.ConvTranspose2d, (1, 1, 1, 1), dict(out_channels=1, kernel_size=1)),
+    (
+        nn.ConvTranspose2d,
+        (2, 17, 3, 4),
+        dict(out_channels=5, kernel_size=2, dilation=3, padding=2, output_padding=(2, 1)),
+    ),
+    (
+        nn.ConvTranspose2d,
+        (2, 4, 4, 3),
+        dict(out_channels=6, kernel_size=3, stride=2, output_padding=1, groups=2, bias=False),
+    ),
+    (
+        nn.ConvTranspose3d,
+        (2, 4, 3, 2, 4),
+        dict(out_channels=2, kernel_size=3, stride=2, padding=1, output_padding=1, groups=2),
+    ),
+    (
+        nn.ConvTranspose3d,
+        (2, 2, 3, 2, 2),
+        dict(out_channels=2, kernel_size=2, dilation=3, output_padding=2),
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind, shape, options", OTHER_CONVOLUTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_convolution(
+    kind: type[nn.Module], shape: tuple[int, ...], options: dict, dtype: torch.dtype
+) -> None:
+    inputs = torch.randn(shape)
+    layer = kind(shape[1], **options)
+    assert_exact(head_for(layer, inputs), inputs, targets(shape[0]), dtype=dtype)
+
+
 @settings(max_examples=25)
 @given(data=st.data())
 def test_conv2d_any_shape(data: st.DataObject) -> None:

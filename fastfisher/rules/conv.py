@@ -1,8 +1,13 @@
-"""Two-dimensional convolutions: the outer family as implicit GEMM."""
+"""Convolutions of one to three dimensions, and transposed ones, as implicit GEMM (outer family).
+
+All reach the two-dimensional kernel. One dimension is an image of height one; three are, for
+each tap along the depth, the images at the depths it pairs; a transposed one is an ordinary one
+with the roles of input and output gradient exchanged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,48 +17,73 @@ from torch import Tensor
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
 from .common import as_dtype, bind, detach, parameter_views
+from .terms import Images
 
 
 @dataclass
-class Conv2dUse:
-    """``conv2d`` of a batch of images ``input [B, C, H, W]``."""
+class ConvUse:
+    """A convolution of a batch ``input [B, C, *size]``; tuples have an entry a dimension."""
 
     views: Mapping[str, View]
     input: Tensor
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+    #: What a transposed convolution adds at the far end; None for an ordinary one.
+    output_padding: tuple[int, ...] | None = None
     sample_axes: Sequence[int] = (0,)
 
-    def _geometry(self) -> dict[str, Any]:
-        return {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
+    def _split(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
+        """``[B, ...]`` as ``[N, M, ...]``, ``M`` images a sample."""
+        if tensor.shape[0] == samples.count:
+            return tensor.unsqueeze(1)
+        return samples.split(tensor)
+
+    def _images(self, grad: Tensor, samples: SampleAxis) -> Iterator[tuple[int, Images]]:
+        """What each tap along the depth (the only one, below three dimensions) contracts."""
+        dims = len(self.stride)
+        g, x = self._split(grad, samples), self._split(self.input.detach(), samples)
+        x = x.to(grad.dtype)
+        if self.output_padding is not None:
+            # Positions that only the far end's padding adds have an input of zero.
+            more = [p // s for p, s in zip(self.output_padding, self.stride, strict=True)]
+            x = torch.nn.functional.pad(x, [side for m in reversed(more) for side in (0, m)])
+            g, x = x, g
+        if dims == 1:
+            g, x = g.unsqueeze(3), x.unsqueeze(3)
+        geometry = [(1, *v)[-2:] for v in (self.stride, self.dilation)]
+        stride, dilation = ((v[0], v[1]) for v in geometry)
+        padding = (0, *self.padding)[-2:]
+        rest = stride, (padding[0], padding[1]), dilation, self.groups, min(dims, 2)
+        if dims < 3:
+            yield 0, Images(g, x, *rest)
+            return
+        for tap in range(self.views["weight"].shape[2]):
+            offset = tap * self.dilation[0] - self.padding[0]
+            # Output depths whose input depth, depth * stride + offset, exists.
+            begin = max(0, -(offset // self.stride[0]))
+            end = min(g.shape[3], (x.shape[3] - 1 - offset) // self.stride[0] + 1)
+            if begin < end:
+                at = [depth * self.stride[0] + offset for depth in range(begin, end)]
+                pairs = g[:, :, :, begin:end], x[:, :, :, at[0] : at[-1] + 1 : self.stride[0]]
+                g_tap, x_tap = (t.movedim(3, 2).flatten(1, 2) for t in pairs)
+                yield tap, Images(g_tap, x_tap, *rest)
 
     def _channels(self, grad: Tensor, samples: SampleAxis) -> Tensor:
-        """``grad [B, O, OH, OW]`` as ``[N, T, O]``."""
+        """``grad [B, O, *size]`` as ``[N, T, O]``."""
         if grad.shape[0] == samples.count:
             return grad.flatten(2).transpose(1, 2)
-        parts = samples.split(grad)
-        return parts.movedim(2, -1).reshape(samples.count, -1, grad.shape[1])
+        return samples.split(grad).movedim(2, -1).reshape(samples.count, -1, grad.shape[1])
 
     def accumulate(
         self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
     ) -> None:
         if "weight" in outs:
             out = outs["weight"]
-            g, x = as_dtype(grad, out), as_dtype(self.input.detach(), out)
-            if grad.shape[0] == samples.count:
-                ops.conv2d_sum_grad_squared_(out, g, x, alpha=alpha, **self._geometry())
-            else:
-                # Several images make up a sample: their gradients add before the square.
-                for n in range(samples.count):
-                    part = slice(n, n + 1)
-                    out.add_(self.per_sample("weight", g, samples, part)[0].square(), alpha=alpha)
+            for tap, images in self._images(as_dtype(grad, out), samples):
+                entries = images.entries(out[:, :, tap] if len(self.stride) == 3 else out)
+                images.add_squares_(entries, alpha)
         if "bias" in outs:
             bias = outs["bias"]
             g = self._channels(as_dtype(grad, bias), samples)
@@ -62,62 +92,79 @@ class Conv2dUse:
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         if slot == "bias":
             return self._channels(grad, samples)[part].sum(1)
-        size = self.views["weight"].shape[2:]
-        x = self.input.detach().to(grad.dtype)
-        if grad.shape[0] == samples.count:
-            return ops.conv2d_per_sample_grad(
-                grad[part], x[part], size, self.stride, self.padding, self.dilation, self.groups
-            )
-        images = samples.split(grad)[part]
-        inputs = samples.split(x)[part]
-        each = ops.conv2d_per_sample_grad(
-            images.flatten(0, 1),
-            inputs.flatten(0, 1),
-            size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
+        weight = grad.new_empty(self.views["weight"].shape)
+        grads = self._split(grad, samples)[part]
+        inputs = self._split(self.input.detach(), samples)[part].to(grad.dtype)
+        # Sample by sample: more at once is a grouped convolution, which is slower, or unfolds.
+        return torch.stack(
+            [
+                torch.ops.aten.convolution_backward(
+                    g,
+                    x,
+                    weight,
+                    None,
+                    self.stride,
+                    self.padding,
+                    self.dilation,
+                    self.output_padding is not None,
+                    self.output_padding or [0] * len(self.stride),
+                    self.groups,
+                    (False, True, False),
+                )[1]
+                for g, x in zip(grads, inputs, strict=True)
+            ]
         )
-        return each.unflatten(0, images.shape[:2]).sum(1)
+
+    def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Images | None:
+        if slot == "bias" or len(self.stride) == 3:
+            return None
+        return next(self._images(grad, samples))[1]
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    return (values[0], values[-1])
+def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
-def _conv2d(
-    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    bound = bind(
-        args,
-        kwargs,
-        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-        {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
-    )
-    views = parameter_views(recorder, bound, ("weight", "bias"))
-    x = bound["input"]
-    if views is None or x.dim() != 4:
-        return NotImplemented
-    weight, bias = detach(bound["weight"]), detach(bound["bias"])
-    stride, dilation = _pair(bound["stride"]), _pair(bound["dilation"])
-    groups = bound["groups"]
-    if isinstance(bound["padding"], str):
-        # "same" may need one more zero at the end than at the beginning: pad first, then none.
-        if bound["padding"] == "same":
-            high, wide = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
-            left, top = wide // 2, high // 2
-            x = torch.nn.functional.pad(x, (left, wide - left, top, high - top))
-        padding = (0, 0)
-    else:
-        padding = _pair(bound["padding"])
-    use = Conv2dUse(views, x, stride, padding, dilation, groups)
-
-    def compute() -> Tensor:
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-    return recorder.record(func, use, [x], compute)
+_ORDINARY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_ORDINARY[:5], "output_padding", "groups", "dilation")
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-RULES: dict[Function, Rule] = {torch.conv2d: _conv2d}
+def _rule(dims: int, transposed: bool) -> Rule:
+    def rule(
+        recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        defaults = {**_DEFAULTS, "output_padding": 0} if transposed else _DEFAULTS
+        bound = bind(args, kwargs, _TRANSPOSED if transposed else _ORDINARY, defaults)
+        views = parameter_views(recorder, bound, ("weight", "bias"))
+        x = bound["input"]
+        if views is None or x.dim() != dims + 2:
+            return NotImplemented
+        weight, bias = detach(bound["weight"]), detach(bound["bias"])
+        stride, dilation = _each(bound["stride"], dims), _each(bound["dilation"], dims)
+        if isinstance(bound["padding"], str):
+            # "same" may need one more zero at the end than at the beginning: pad first, then none.
+            if bound["padding"] == "same":
+                sizes = zip(dilation, weight.shape[2:], strict=True)
+                sides = [(d * (k - 1) // 2, -(-d * (k - 1) // 2)) for d, k in sizes]
+                x = torch.nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
+            padding = (0,) * dims
+        else:
+            padding = _each(bound["padding"], dims)
+        more = _each(bound["output_padding"], dims) if transposed else None
+        use = ConvUse(views, x, stride, padding, dilation, bound["groups"], more)
+        options = {**bound, "input": x, "weight": weight, "bias": bias, "padding": padding}
+        return recorder.record(func, use, [x], lambda: func(**options))
+
+    return rule
+
+
+RULES: dict[Function, Rule] = {
+    torch.conv1d: _rule(1, transposed=False),
+    torch.conv2d: _rule(2, transposed=False),
+    torch.conv3d: _rule(3, transposed=False),
+    torch.conv_transpose1d: _rule(1, transposed=True),
+    torch.conv_transpose2d: _rule(2, transposed=True),
+    torch.conv_transpose3d: _rule(3, transposed=True),
+}

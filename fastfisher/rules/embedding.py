@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
 from .common import as_dtype, bind, detach, parameter_views
+from .terms import Gather
 
 
 @dataclass
@@ -40,6 +41,12 @@ class EmbeddingUse:
         g, index = self._positions(grad, samples)
         rows = self.views[slot].shape[0]
         return ops.embedding_per_sample_grad(g[part], index[part], self.padding_index, rows)
+
+    def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Gather:
+        g, index = self._positions(grad, samples)
+        if self.padding_index >= 0:
+            g = g.masked_fill((index == self.padding_index).unsqueeze(-1), 0)
+        return Gather(g, index.long())
 
 
 def _embedding(

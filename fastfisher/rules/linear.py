@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
 from .common import as_dtype, bind, detach, parameter_views
+from .terms import Outer
 
 
 @dataclass
@@ -45,6 +46,12 @@ class LinearUse:
         x = self._positions(self.input.detach(), samples)[part]
         weight = ops.linear_per_sample_grad(g, x.to(g.dtype))
         return weight.transpose(1, 2) if self.transposed else weight
+
+    def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Outer | None:
+        if slot == "bias":
+            return None
+        x = self._positions(self.input.detach().to(grad.dtype), samples)
+        return Outer(self._positions(grad, samples), x, self.transposed)
 
 
 def _record(

@@ -91,6 +91,9 @@ class NormUse:
         assert value is not None
         return value[part].reshape(-1, *self.views[slot].shape)
 
+    def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> None:
+        return None
+
 
 def _batch_norm(
     recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,0 +1,139 @@
+"""Parameters with several uses: reused layers, tied weights, overlapping views.
+
+Their per-sample gradients are sums over the uses, squared after the sum. Where the uses are of one
+form they are joined (:mod:`fastfisher.rules.terms`); an embedding tied to the output layer takes
+the rows that a sample's tokens touch apart from the rest. Any other mixture forms the gradients of
+a few samples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..recorder import SampleAxis, Use, View
+from .terms import Gather, Images, Outer, Term
+
+# Per-sample gradients, or copies of a gradient, of this many elements are formed at once, at most
+# (or of one sample, where that is more).
+_ELEMENTS = 1 << 24
+
+
+class CopyingView(Exception):
+    """A view of the parameter is not one of the sums, whose strides differ."""
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One use of a parameter, and the gradient at its output."""
+
+    use: Use
+    slot: str
+    grad: Tensor
+    samples: SampleAxis
+
+    @property
+    def view(self) -> View:
+        """Which entries of the parameter are used."""
+        return self.use.views[self.slot]
+
+
+def add_jointly(total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float = 1.0) -> None:
+    """``total += alpha * sum_n (sum of the uses' gradients for sample n)**2``.
+
+    Args:
+        total: of the parameter's shape; float32 or float64.
+        uses: every use of the parameter.
+        count: samples.
+        alpha: factor of the added squares.
+
+    Raises:
+        CopyingView: before anything is added.
+    """
+    views = [use.view.replay(total) for use in uses]
+    storage = total.untyped_storage().data_ptr()
+    if any(view.untyped_storage().data_ptr() != storage for view in views):
+        raise CopyingView("used through a view that copies")
+    terms = []
+    for use, view in zip(uses, views, strict=True):
+        term = use.use.term(use.slot, use.grad.to(total.dtype), use.samples)
+        if term is None:
+            break
+        terms.append((term.entries(view), term))
+    if len(terms) < len(uses) or not _add_joined(terms, alpha):
+        _add_in_chunks(total, uses, count, alpha)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of one tensor are the same entries in the same order."""
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+
+
+def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float) -> bool:
+    """Joins terms and adds their squares; False if they cannot be joined."""
+    gathers = [term for _, term in terms if isinstance(term, Gather)]
+    images = [term for _, term in terms if isinstance(term, Images)]
+    # Rows of a table give the orientation, if there are any.
+    out = next((view for view, term in terms if isinstance(term, Gather)), terms[0][0])
+    outers = []
+    for view, term in terms:
+        if isinstance(term, Outer) and not _same(view, out):
+            view, term = view.t(), term.flipped()
+        if not _same(view, out):
+            return False
+        if isinstance(term, Outer):
+            outers.append(term)
+    if images:
+        if len({term.geometry for term in images}) > 1:
+            return False
+        images[0].joined(images[1:]).add_squares_(out, alpha)
+    elif not gathers:
+        outers[0].joined(outers[1:]).add_squares_(out, alpha)
+    elif not outers:
+        gathers[0].joined(gathers[1:]).add_squares_(out, alpha)
+    else:
+        _add_tied(out, outers[0].joined(outers[1:]), gathers[0].joined(gathers[1:]), alpha)
+    return True
+
+
+def _add_tied(out: Tensor, outer: Outer, gather: Gather, alpha: float) -> None:
+    """An embedding tied to an output layer, without anything of the size of N tables.
+
+    A sample's gradient is the output layer's, except in the rows of its own tokens, where the
+    embedding's is added. So those rows are left out of the output layer's squares, and theirs are
+    formed row by row.
+    """
+    samples, positions, rows = outer.grad.shape
+    tokens = gather.index.shape[1]
+    each = max(positions * rows, tokens * max(positions, tokens, out.shape[1]))
+    step = max(1, _ELEMENTS // max(1, each))
+    for start in range(0, samples, step):
+        part = slice(start, start + step)
+        g, x = outer.grad[part], outer.input[part]
+        index, direct = gather.index[part], gather.grad[part]
+        # Equal tokens of a sample are one row, kept where the token comes first.
+        equal = index.unsqueeze(2) == index.unsqueeze(1)
+        first = ~equal.tril(-1).any(2)
+        touched = g.gather(2, index.unsqueeze(1).expand(-1, positions, -1))
+        gradients = touched.transpose(1, 2) @ x + equal.to(direct.dtype) @ direct
+        rest = g.scatter(2, index.unsqueeze(1).expand(-1, positions, -1), 0)
+        Outer(rest, x).add_squares_(out, alpha)
+        out.index_add_(0, index[first], gradients[first].square_(), alpha=alpha)
+
+
+def _add_in_chunks(total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float) -> None:
+    """Forms the gradients of as many samples as fit, all uses added."""
+    step = max(1, _ELEMENTS // max(1, total.numel()))
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        joint = total.new_zeros(part.stop - part.start, *total.shape)
+        for use in uses:
+            each = use.use.per_sample(use.slot, use.grad.to(total.dtype), use.samples, part)
+            if not use.view.steps:
+                joint.add_(each)
+                continue
+            for row, value in zip(joint, each, strict=True):
+                use.view.replay(row).add_(value)
+        total.add_(joint.square_().sum(0), alpha=alpha)

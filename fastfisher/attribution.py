@@ -27,17 +27,21 @@ class Layout:
 
     function: str
     names: tuple[str, ...]
+    occurrence: int
     dims: int
     candidates: tuple[tuple[int, bool], ...]
     reason: str = ""
+    #: Nothing but parameters and constants enters the call, and several samples read its output.
+    shared: bool = False
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], int]:
+        """:attr:`Site.key` of the call."""
+        return self.function, self.names, self.occurrence
 
     def matches(self, site: Site) -> bool:
         """Whether ``site`` is the call that was probed."""
-        return (self.function, self.names, self.dims) == (
-            site.function,
-            site.names,
-            len(site.output_shape),
-        )
+        return (self.key, self.dims) == (site.key, len(site.output_shape))
 
     def resolve(self, shape: Sequence[int], count: int) -> SampleAxis | str:
         """The axis of an output of ``shape`` over ``count`` samples, or why there is none."""
@@ -60,7 +64,7 @@ def lay_out(site: Site, reached: Mapping[int, Tensor]) -> Layout:
     touched = {probe: mask for probe, mask in reached.items() if bool(mask.any())}
     dims = len(site.output_shape)
     if not touched:
-        return Layout(site.function, site.names, dims, (), "no gradient reached it in a probe")
+        return Layout(*site.key, dims, (), "no gradient reached it in a probe")
     candidates = []
     for axis in site.use.sample_axes:
         size = site.output_shape[axis]
@@ -76,4 +80,4 @@ def lay_out(site: Site, reached: Mapping[int, Tensor]) -> Layout:
             if not any(bool(line.cpu()[owner != p].any()) for p, line in lines.items()):
                 candidates.append((axis, minor))
     reason = "" if candidates else "its output is shared between samples, or mixes them"
-    return Layout(site.function, site.names, dims, tuple(candidates), reason)
+    return Layout(*site.key, dims, tuple(candidates), reason, not candidates and site.source)

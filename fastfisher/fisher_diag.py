@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attribution import PROBES, Layout, lay_out
 from .files import replacing
-from .losses import Term, check_kind, resolve_loss, terms
+from .losses import Objective, check_kind, objectives, resolve_loss
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .rules import RULES
 from .rules.fallback import sum_grad_squared
-from .rules.joint import CopyingView, Occurrence, add_jointly
+from .rules.joint import CopyingView, Occurrence, add_jointly, add_through_derived
 
 __all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
 
@@ -174,7 +174,7 @@ def fisher_diag(
     check_kind(kind, resolved, samples)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    expand = functools.partial(terms, kind, resolved, samples=samples, generator=generator)
+    expand = functools.partial(objectives, kind, resolved, samples=samples, generator=generator)
     chosen = _chosen_parameters(model, parameters)
     run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss))
     with _left_as_found(model), torch.enable_grad():
@@ -245,7 +245,7 @@ def _count(inputs: Any, targets: Any) -> int:
     return int(sizes.pop()[0])
 
 
-def _with_last(values: Iterator[Term]) -> Iterator[tuple[Term, bool]]:
+def _with_last(values: Iterator[Objective]) -> Iterator[tuple[Objective, bool]]:
     """Each value, and whether it is the last one."""
     current = next(values, None)
     while current is not None:
@@ -276,6 +276,10 @@ class _Probe:
     layouts: list[Layout]
     #: Parameters that need the fallback, and why.
     reasons: dict[str, str]
+    #: Calls whose output is common to all samples, by :attr:`Site.key`.
+    shared: frozenset[tuple[str, tuple[str, ...], int]] = frozenset()
+    #: Parameters that no fast rule can serve.
+    unserved: frozenset[str] = frozenset()
 
 
 # What the last pass over a model found. The next one checks, site by site, that it still holds.
@@ -288,7 +292,7 @@ class _Pass:
 
     model: nn.Module
     loss: PerSampleLoss
-    expand: Callable[[Any, Any], Iterator[Term]]
+    expand: Callable[[Any, Any], Iterator[Objective]]
     chosen: dict[str, nn.Parameter]
     strict: bool
     custom_loss: bool
@@ -337,20 +341,20 @@ class _Pass:
         ``is_certain`` says that the probe is of this very batch: then what it does not explain
         goes to the fallback.
         """
-        batch = _Batch(self, count)
+        batch = _Batch(self, count, probe.shared)
         with contextlib.closing(batch.recorder):
             output = batch.forward(inputs)
             if not batch.attribute(probe):
                 if not is_certain:
                     return False
                 batch.give_up("the forward pass makes other calls for other samples")
-            for term, last in _with_last(self.expand(output, targets)):
-                values = self.losses(term.function, output, term.targets, count)
-                batch.backward(values, inputs, term.weight, keep_graph=not last)
-                self._fall_back(batch, inputs, term)
+            for objective, last in _with_last(self.expand(output, targets)):
+                values = self.losses(objective.function, output, objective.targets, count)
+                batch.backward(values, inputs, objective.weight, keep_graph=not last)
+                self._fall_back(batch, inputs, objective)
         return True
 
-    def _fall_back(self, batch: _Batch, inputs: Any, term: Term) -> None:
+    def _fall_back(self, batch: _Batch, inputs: Any, objective: Objective) -> None:
         names = [name for name in self.chosen if name in batch.reasons]
         if not names:
             return
@@ -359,7 +363,7 @@ class _Pass:
             self.reasons[name] = batch.reasons[name]
         try:
             sums, way = sum_grad_squared(
-                self.model, inputs, term.targets, term.function, names, batch.count
+                self.model, inputs, objective.targets, objective.function, names, batch.count
             )
         except RuntimeError as error:
             if self.strict:
@@ -371,7 +375,7 @@ class _Pass:
                 self.totals.pop(name, None)
             return
         for name in names:
-            self.sum_of(name).add_(sums[name], alpha=term.weight)
+            self.sum_of(name).add_(sums[name], alpha=objective.weight)
             self.rules[name] = f"fallback: {way} ({self.reasons[name]})"
         if new:
             listed = "; ".join(f"{name}: {self.reasons[name]}" for name in new)
@@ -407,11 +411,39 @@ class _Pass:
         """Where backward must arrive for every site to be passed: parameters come first."""
         # A model may ask for the gradient of its input.
         wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
-        return [*self.tracked.values(), recorder.anchor, *wanted]
+        derived = [each.leaf for each in recorder.derived.values()]
+        return [*self.tracked.values(), *derived, recorder.anchor, *wanted]
+
+    def recorder(
+        self,
+        on_grad: Callable[[Site, Tensor], None],
+        shared: frozenset[tuple[str, tuple[str, ...], int]],
+    ) -> Recorder:
+        """What observes one forward pass."""
+        return Recorder(self.tracked, RULES, on_grad, list(self.model.buffers()), shared)
 
     # -- the probe ---------------------------------------------------------------------------
 
     def _probe(self, inputs: Any, targets: Any, count: int) -> _Probe:
+        """Finds the layout of every call, and the calls whose output is common to all samples."""
+        probe = self._probe_with(inputs, targets, count, frozenset())
+        while True:
+            common = {layout.key for layout in probe.layouts if layout.shared}
+            if common <= probe.shared:
+                return probe
+            other = self._probe_with(inputs, targets, count, probe.shared | common)
+            if not other.unserved < probe.unserved:
+                # What looked common to the samples was their own data.
+                return probe
+            probe = other
+
+    def _probe_with(
+        self,
+        inputs: Any,
+        targets: Any,
+        count: int,
+        shared: frozenset[tuple[str, tuple[str, ...], int]],
+    ) -> _Probe:
         """Runs two samples and differentiates each one's output on its own."""
         n = min(PROBES, count)
         reached: dict[int, dict[int, Tensor]] = defaultdict(dict)
@@ -420,7 +452,7 @@ class _Pass:
         def on_grad(site: Site, grad: Tensor) -> None:
             reached[id(site)][current] = grad != 0
 
-        recorder = Recorder(self.tracked, RULES, on_grad)
+        recorder = self.recorder(on_grad, shared)
         inputs, targets = samples_of(inputs, slice(n)), samples_of(targets, slice(n))
         with contextlib.closing(recorder):
             with recorder:
@@ -444,7 +476,11 @@ class _Pass:
                         values[current], leaves, retain_graph=True, allow_unused=True
                     )
             layouts = [lay_out(site, reached[id(site)]) for site in recorder.sites]
-            return _Probe(layouts if n == PROBES else [], reasons)
+            unserved = {*reasons, *recorder.unruled}
+            for site, layout in zip(recorder.sites, layouts, strict=True):
+                if not layout.candidates:
+                    unserved.update(recorder.roots_of(site))
+            return _Probe(layouts if n == PROBES else [], reasons, shared, frozenset(unserved))
 
     def _independent(self, output: Any, inputs: Any) -> bool:
         """Whether the first sample alone gives what it gave beside another one."""
@@ -481,7 +517,9 @@ class _Pass:
 
     def _hidden_uses(self, losses: Tensor, recorder: Recorder, inputs: Any) -> dict[str, str]:
         """Parameters that the graph reaches although every use that the mode saw is detached."""
-        names = {id(parameter): name for name, parameter in self.tracked.items()}
+        names = {id(parameter): {name} for name, parameter in self.tracked.items()}
+        for name, derived in recorder.derived.items():
+            names[id(derived.leaf)] = recorder.roots(name)
         known = {id(leaf) for leaf in (recorder.anchor, *tree_leaves(inputs))}
         reasons: dict[str, str] = {}
         for node in _graph(losses):
@@ -493,7 +531,8 @@ class _Pass:
                     "model: it uses a tensor that requires grad and is not one of its "
                     f"parameters (shape {tuple(variable.shape)}); register or detach it"
                 )
-            reasons[names[id(variable)]] = "used by a function that torch does not show"
+            for name in names[id(variable)]:
+                reasons[name] = "used by a function that torch does not show"
         return reasons
 
     # -- the end -----------------------------------------------------------------------------
@@ -526,16 +565,19 @@ class _Batch:
 
     run: _Pass
     count: int
+    shared: frozenset[tuple[str, tuple[str, ...], int]]
     #: Parameters that this batch leaves to the fallback, and why.
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.recorder = Recorder(self.run.tracked, RULES, self._on_grad)
+        self.recorder = self.run.recorder(self._on_grad, self.shared)
         self._samples: dict[int, SampleAxis] = {}
         self._uses: dict[str, int] = defaultdict(int)
         self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
         self._done: set[str] = set()
         self._weight = 1.0
+        #: What derived tensors tie together: parameters and derived tensors, by name.
+        self._groups: dict[str, str] = {}
 
     def forward(self, inputs: Any) -> Any:
         with self.recorder:
@@ -552,7 +594,7 @@ class _Batch:
             for layout, site in zip(probe.layouts, sites, strict=True):
                 axis = layout.resolve(site.output_shape, self.count)
                 if isinstance(axis, str):
-                    for name in site.names:
+                    for name in self.recorder.roots_of(site):
                         self.reasons.setdefault(name, f"{site.function}: {axis}")
                 else:
                     self._samples[id(site)] = axis
@@ -570,11 +612,12 @@ class _Batch:
         self.reasons.update(hidden)
         for name, function in self.recorder.unruled.items():
             self.reasons[name] = f"{function}: no rule"
+        self._groups = self.recorder.groups()
         for site in self.recorder.sites:
             for name in site.names:
-                self._uses[name] += 1
+                self._uses[self._group(name)] += 1
         for name in self.recorder.without_grad:
-            if name not in self._uses:
+            if self._group(name) not in self._uses:
                 self.reasons[name] = "used with gradients switched off, perhaps by checkpointing"
 
     def backward(
@@ -591,9 +634,10 @@ class _Batch:
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 losses.sum(), leaves, allow_unused=True, retain_graph=keep_graph
             )
-            for name, grad in zip(self.run.tracked, grads, strict=False):
-                if grad is None:
-                    continue
+            names = [{name} for name in self.run.tracked]
+            names += [self.recorder.roots(name) for name in self.recorder.derived]
+            hidden = [roots for roots, grad in zip(names, grads, strict=False) if grad is not None]
+            for name in sorted(set().union(*hidden)):
                 if name in self._done:
                     _probes.pop(self.run.model, None)
                     raise RuntimeError(
@@ -602,8 +646,8 @@ class _Batch:
                     )
                 self.reasons.setdefault(name, "used by a function that torch does not show")
             self._check_reached(losses)
-        for name in list(self._pending):
-            self._add_jointly(name)
+        for group in list(self._pending):
+            self._add_jointly(group)
 
     def _check_reached(self, losses: Tensor) -> None:
         """Raises if backward passed by a site that the losses depend on."""
@@ -618,25 +662,26 @@ class _Batch:
 
     # -- during backward ---------------------------------------------------------------------
 
-    def _wanted(self, site: Site) -> dict[str, str]:
-        return {
-            slot: view.name
-            for slot, view in site.use.views.items()
-            if view.name in self.run.chosen and view.name not in self.reasons
-        }
+    def _group(self, name: str) -> str:
+        return self._groups.get(name, name)
+
+    def _is_wanted(self, name: str) -> bool:
+        return name in self.run.chosen and name not in self.reasons
 
     @torch.no_grad()
     def _on_grad(self, site: Site, grad: Tensor) -> None:
-        wanted = self._wanted(site)
-        if not wanted:
+        if not any(self._is_wanted(name) for name in self.recorder.roots_of(site)):
             return
         site.check_saved()
-        alone = {slot: name for slot, name in wanted.items() if self._uses[name] == 1}
-        for slot, name in wanted.items():
-            if slot not in alone:
-                self._pending[name].append((site, slot, grad))
-                if len(self._pending[name]) == self._uses[name]:
-                    self._add_jointly(name)
+        alone = {}
+        for slot, view in site.use.views.items():
+            group = self._group(view.name)
+            if self._uses[group] > 1 or view.name in self._groups:
+                self._pending[group].append((site, slot, grad))
+                if len(self._pending[group]) == self._uses[group]:
+                    self._add_jointly(group)
+            elif self._is_wanted(view.name):
+                alone[slot] = view.name
         outs = {}
         for slot, name in alone.items():
             view = site.use.views[slot]
@@ -657,18 +702,30 @@ class _Batch:
         self.run.rules.setdefault(name, function)
 
     @torch.no_grad()
-    def _add_jointly(self, name: str) -> None:
-        """Adds the gradients of all uses of one parameter, then squares."""
-        uses = self._pending.pop(name)
-        if name in self.reasons:
+    def _add_jointly(self, group: str) -> None:
+        """Adds the gradients of all uses of one parameter, or of a group, then squares."""
+        uses = self._pending.pop(group)
+        members = [name for name, of in self._groups.items() if of == group] or [group]
+        derived = [self.recorder.derived[name] for name in members if name in self.recorder.derived]
+        names = [name for name in members if self._is_wanted(name)]
+        if not names:
             return
         occurrences = [
-            Occurrence(site.use, slot, grad, self._samples[id(site)]) for site, slot, grad in uses
+            Occurrence(site.use, slot, grad, self._samples[id(site)])
+            for site, slot, grad in uses
+            if id(site) in self._samples
         ]
+        functions = " + ".join(sorted({site.function for site, _, _ in uses}))
         try:
-            add_jointly(self.run.sum_of(name), occurrences, self.count, self._weight)
+            if derived:
+                totals = {name: self.run.sum_of(name) for name in names}
+                add_through_derived(totals, derived, occurrences, self.count, self._weight)
+                functions += f" of {', '.join(each.function for each in derived)}"
+            else:
+                add_jointly(self.run.sum_of(group), occurrences, self.count, self._weight)
+                functions += f", {self._uses[group]} uses"
         except CopyingView as error:
-            self.reasons[name] = str(error)
+            self.reasons.update(dict.fromkeys(names, str(error)))
             return
-        functions = sorted({site.function for site, _, _ in uses})
-        self._finished(name, f"{' + '.join(functions)}, {self._uses[name]} uses")
+        for name in names:
+            self._finished(name, functions)

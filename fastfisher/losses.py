@@ -32,7 +32,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Term:
+class Objective:
     """One function of a sample whose squared gradient is added, times ``weight``."""
 
     function: PerSampleLoss
@@ -77,34 +77,34 @@ def check_kind(kind: str, loss: Loss, samples: int) -> None:
         raise ValueError(f"samples: expected a positive integer, got {samples!r}")
 
 
-def terms(
+def objectives(
     kind: str,
     loss: Loss,
     output: Any,
     targets: Any,
     samples: int,
     generator: torch.Generator | None,
-) -> Iterator[Term]:
+) -> Iterator[Objective]:
     """What a batch with this output contributes, one backward pass a term.
 
     ``empirical`` is the observed target; ``mc`` draws ``samples`` targets from the model; ``exact``
     is the expectation over the model's targets: the squared gradients along a square root of the
-    Hessian in the output, C - 1 terms for C classes.
+    Hessian in the output, C - 1 objectives for C classes.
     """
     if kind == "empirical":
-        yield Term(loss.per_sample, targets, 1.0)
+        yield Objective(loss.per_sample, targets, 1.0)
         return
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise ValueError(f"kind: {kind!r} needs a model whose output is one tensor")
     if kind == "mc":
         assert loss.draw is not None
         for _ in range(samples):
-            yield Term(loss.per_sample, loss.draw(output.detach(), generator), 1.0 / samples)
+            yield Objective(loss.per_sample, loss.draw(output.detach(), generator), 1.0 / samples)
         return
     assert loss.roots is not None
     for root in loss.roots(output.detach()):
         # The cotangent travels as the target, so that the fallback slices it like one.
-        yield Term(_inner_product, root, 1.0)
+        yield Objective(_inner_product, root, 1.0)
 
 
 def _inner_product(output: Tensor, cotangent: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 parameter (or a view of one): from an ``nn.Module``, from ``torch.nn.functional``, from anybody's
 code. A function with a rule becomes a :class:`Site`, whose gradient at the output feeds the kernels
 during backward; ordinary weight gradients are never formed, because the function itself runs on
-detached parameters. A function without a rule sends its parameters to the fallback.
+detached parameters. A function of parameters alone gives a :class:`Derived` tensor, which is
+followed as if it were a parameter. Any other function sends its parameters to the fallback.
 
 What the mode cannot see (a custom ``autograd.Function``, TorchScript) still reaches the
 parameter's own autograd node, which :mod:`fastfisher.fisher_diag` checks. So coverage is known.
@@ -13,7 +14,8 @@ parameter's own autograd node, which :mod:`fastfisher.fisher_diag` checks. So co
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +41,40 @@ class View:
         for step in self.steps:
             tensor = step(tensor)
         return tensor
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from parameters alone: a normalised weight, a table's fixed rows.
+
+    It is followed like a parameter, under a name of its own. A sample's gradient with respect to
+    its sources follows by the chain rule, whatever the samples have in common.
+    """
+
+    name: str
+    function: str
+    #: What the model is given: a leaf.
+    leaf: Tensor
+    #: The same values with their history.
+    output: Tensor
+    #: Where that history ends, and which parameter (or derived tensor) begins there.
+    sources: tuple[tuple[Tensor, View], ...]
+
+    def pull(self, grad: Tensor) -> list[tuple[View, Tensor]]:
+        """One sample's gradient with respect to each source, given that to this tensor."""
+        leaves = [leaf for leaf, _ in self.sources]
+        grads = torch.autograd.grad(
+            self.output,
+            leaves,
+            grad.to(self.output.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            (view, each)
+            for (_, view), each in zip(self.sources, grads, strict=True)
+            if each is not None
+        ]
 
 
 class Use(Protocol):
@@ -105,6 +141,10 @@ class Site:
     output_shape: torch.Size
     #: Tensors the kernels will read, with their version at the time of the call.
     saved: tuple[tuple[Tensor, int], ...]
+    #: Which of the calls of this function with these parameters it was.
+    occurrence: int = 0
+    #: Whether no input of the call required grad.
+    source: bool = False
     #: The output's place in the graph.
     node: torch.autograd.graph.Node | None = None
     #: Whether backward has come by.
@@ -119,6 +159,11 @@ class Site:
         del self.use
         self.saved, self.node, self.handle = (), None, None
 
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], int]:
+        """What tells this call from the others of a forward pass."""
+        return self.function, self.names, self.occurrence
+
     def check_saved(self) -> None:
         """Raises if a saved tensor was modified in place since the call."""
         for tensor, version in self.saved:
@@ -130,6 +175,10 @@ class Site:
 
 
 Rule = Callable[["Recorder", Function, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Shared(Exception):
+    """The call is one of :attr:`Recorder.shared`."""
 
 
 class _Source(torch.autograd.Function):
@@ -158,6 +207,12 @@ _VIEW_NAMES = frozenset(
     )
 )
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH"))
+_IN_PLACE_NAMES = frozenset(
+    (
+        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"),
+        *("__ipow__", "__imatmul__"),
+    )
+)
 _NO_GRADIENT_NAMES = frozenset(("detach", "detach_"))
 
 
@@ -169,16 +224,23 @@ class Recorder(TorchFunctionMode):
         parameters: every parameter that requires grad, by name.
         rules: torch function -> rule.
         on_grad: called during backward with a site and the gradient at its output.
+        constants: tensors that no sample has a part in: the model's buffers.
+        shared: keys of calls whose output is not a sample's but common to all; where nothing else
+            that requires grad enters them, they give derived tensors instead of sites.
     """
 
     parameters: Mapping[str, nn.Parameter]
     rules: Mapping[Function, Rule]
     on_grad: Callable[[Site, Tensor], None]
+    constants: Sequence[Tensor] = ()
+    shared: Set[tuple[str, tuple[str, ...], int]] = frozenset()
     sites: list[Site] = field(default_factory=list)
     #: Parameters with a use that has no rule, and the function that used them.
     unruled: dict[str, str] = field(default_factory=dict)
     #: Parameters used with gradients switched off.
     without_grad: set[str] = field(default_factory=set)
+    #: Tensors computed from parameters alone, by name, in the order of their creation.
+    derived: dict[str, Derived] = field(default_factory=dict)
     anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -189,6 +251,8 @@ class Recorder(TorchFunctionMode):
             id(parameter): (parameter, View(name, parameter.shape))
             for name, parameter in self.parameters.items()
         }
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in self.constants}
+        self._occurrences: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
 
     # -- for rules ---------------------------------------------------------------------------
 
@@ -203,28 +267,35 @@ class Recorder(TorchFunctionMode):
         use: Use,
         inputs: Sequence[Tensor],
         compute: Callable[[], Tensor],
+        saved: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Runs ``compute`` and arranges that the gradient at its result reaches ``on_grad``.
 
         Args:
             function: for messages.
             use: what the rule knows.
-            inputs: tensors that the call reads beside parameters and that ``use`` holds.
+            inputs: tensors that the call reads beside parameters.
             compute: runs the function on detached parameters.
+            saved: which of them ``use`` reads during backward; None is all.
         """
         names = tuple(view.name for view in use.views.values())
-        saved = tuple((x, x._version) for x in inputs)
-        site = Site(name_of(function), names, use, torch.Size(), saved)
+        held = tuple((x, x._version) for x in (inputs if saved is None else saved))
+        site = Site(name_of(function), names, use, torch.Size(), held)
+        site.occurrence = self._occurrences[site.key[:2]]
+        site.source = not any(x.requires_grad for x in inputs)
+        self._occurrences[site.key[:2]] += 1
+        if site.source and site.key in self.shared:
+            raise _Shared
 
         def hook(grad: Tensor) -> None:
             site.reached = True
             self.on_grad(site, grad)
 
-        if any(x.requires_grad for x in inputs):
+        if site.source:
+            output = _Source.apply(self.anchor, compute, hook)
+        else:
             output = compute()
             site.handle = output.register_hook(hook)
-        else:
-            output = _Source.apply(self.anchor, compute, hook)
         site.output_shape, site.node = output.shape, output.grad_fn
         self.sites.append(site)
         return output
@@ -235,6 +306,7 @@ class Recorder(TorchFunctionMode):
             site.release()
         self.sites.clear()
         self._tracked.clear()
+        self.derived.clear()
 
     # -- the mode ----------------------------------------------------------------------------
 
@@ -250,18 +322,26 @@ class Recorder(TorchFunctionMode):
         if not views:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            self.without_grad.update(view.name for view in views)
+            self.without_grad.update(*(self.roots(view.name) for view in views))
             return func(*args, **kwargs)
+        name = name_of(func)
         rule = self.rules.get(func)
         if rule is not None:
-            result = rule(self, func, args, kwargs)
+            try:
+                result = rule(self, func, args, kwargs)
+            except _Shared:
+                result = self._derive(func, args, kwargs, constant=True)
             if result is not NotImplemented:
                 return result
-        name = name_of(func)
         if name in _NO_GRADIENT_NAMES:
             return func(*args, **kwargs)
         if (name in _VIEW_NAMES or name in _VIEW_PROPERTIES) and self.view(args[0]) is not None:
-            return self._follow_view(func, args, kwargs)
+            result = self._follow_view(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        result = self._derive(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         expanded = _expanded(func)
         if expanded is not None:
             with self:
@@ -269,8 +349,30 @@ class Recorder(TorchFunctionMode):
         result = func(*self._detached(args), **self._detached(kwargs))
         if any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0]):
             for view in views:
-                self.unruled.setdefault(view.name, name)
+                for root in self.roots(view.name):
+                    self.unruled.setdefault(root, name)
         return result
+
+    def roots(self, name: str) -> set[str]:
+        """The parameters that a name, of one or of a derived tensor, stands for."""
+        if name not in self.derived:
+            return {name}
+        sources = self.derived[name].sources
+        return set().union(*(self.roots(view.name) for _, view in sources))
+
+    def roots_of(self, site: Site) -> set[str]:
+        """The parameters that a call reads, itself or through derived tensors."""
+        return set().union(*(self.roots(name) for name in site.names))
+
+    def groups(self) -> dict[str, str]:
+        """Names of parameters and derived tensors that belong together, each to its group's."""
+        groups: dict[str, str] = {}
+        for name, derived in self.derived.items():
+            members = {name, *(view.name for _, view in derived.sources)}
+            merged = {groups[member] for member in members if member in groups}
+            members.update(other for other, group in groups.items() if group in merged)
+            groups.update(dict.fromkeys(members, name))
+        return groups
 
     def _views_in(self, values: Sequence[Any]) -> Iterator[View]:
         for value in values:
@@ -292,6 +394,8 @@ class Recorder(TorchFunctionMode):
     def _follow_view(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         base = args[0]
         view = self._tracked[id(base)][1]
+        if any(True for _ in self._views_in((*args[1:], *kwargs.values()))):
+            return NotImplemented
         result = func(*args, **kwargs)
         if result is base:
             return result
@@ -299,9 +403,8 @@ class Recorder(TorchFunctionMode):
         storage = base.untyped_storage().data_ptr()
         for index, part in enumerate(parts):
             if part.untyped_storage().data_ptr() != storage:
-                # A copy: its gradient does flow to the parameter, but not entry by entry here.
-                self.unruled.setdefault(view.name, name_of(func))
-                return func(*self._detached(args), **self._detached(kwargs))
+                # A copy, or other entries: derived from the parameter, not a view of it.
+                return NotImplemented
             at = None if isinstance(result, Tensor) else index
 
             def step(tensor: Tensor, at: int | None = at) -> Tensor:
@@ -313,6 +416,56 @@ class Recorder(TorchFunctionMode):
                 View(view.name, part.shape, (*view.steps, step)),
             )
         return result
+
+    def _derive(
+        self,
+        func: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        constant: bool = False,
+    ) -> Any:
+        """Runs a function of parameters alone; NotImplemented if it is not one.
+
+        ``constant``: other tensors are known to be no sample's, as long as none requires grad.
+        """
+        name = name_of(func)
+        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_NAMES:
+            return NotImplemented
+        values, spec = tree_flatten((args, kwargs))
+        entries: dict[int, tuple[Tensor, View]] = {}
+        originals = {}
+        for index, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                continue
+            view = self.view(value)
+            if view is not None:
+                if id(value) not in entries:
+                    entries[id(value)] = (value.detach().requires_grad_(), view)
+                values[index] = entries[id(value)][0]
+                originals[id(values[index])] = value
+            elif value.requires_grad or not (constant or self._is_constant(value)):
+                return NotImplemented
+        args, kwargs = tree_unflatten(values, spec)
+        outputs, spec = tree_flatten(func(*args, **kwargs))
+        for index, output in enumerate(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                outputs[index] = originals.get(id(output))
+                if outputs[index] is None:
+                    outputs[index] = self._track(name, output, tuple(entries.values()))
+        return tree_unflatten(outputs, spec)
+
+    def _is_constant(self, value: Tensor) -> bool:
+        return value.dim() == 0 or value.untyped_storage().data_ptr() in self._storages
+
+    def _track(
+        self, function: str, output: Tensor, sources: tuple[tuple[Tensor, View], ...]
+    ) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        names = ", ".join(view.name for _, view in sources)
+        name = f"{function}({names})#{len(self.derived)}"
+        self.derived[name] = Derived(name, function, leaf, output, sources)
+        self._tracked[id(leaf)] = (leaf, View(name, leaf.shape))
+        return leaf
 
 
 def name_of(func: Function) -> str:

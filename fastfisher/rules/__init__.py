@@ -7,8 +7,14 @@ One file a family of layers. A rule reads its arguments, and either records a us
 from __future__ import annotations
 
 from ..recorder import Function, Rule
-from . import conv, embedding, linear, norm
+from . import conv, elementwise, embedding, linear, norm
 
-RULES: dict[Function, Rule] = {**linear.RULES, **conv.RULES, **norm.RULES, **embedding.RULES}
+RULES: dict[Function, Rule] = {
+    **linear.RULES,
+    **conv.RULES,
+    **norm.RULES,
+    **embedding.RULES,
+    **elementwise.RULES,
+}
 
 __all__ = ["RULES"]

@@ -8,12 +8,13 @@ a few samples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..recorder import SampleAxis, Use, View
+from ..recorder import Derived, SampleAxis, Use, View
 from .terms import Gather, Images, Outer, Term
 
 # Per-sample gradients, or copies of a gradient, of this many elements are formed at once, at most
@@ -137,3 +138,51 @@ def _add_in_chunks(total: Tensor, uses: Sequence[Occurrence], count: int, alpha:
             for row, value in zip(joint, each, strict=True):
                 use.view.replay(row).add_(value)
         total.add_(joint.square_().sum(0), alpha=alpha)
+
+
+def add_through_derived(
+    totals: Mapping[str, Tensor],
+    derived: Sequence[Derived],
+    uses: Sequence[Occurrence],
+    count: int,
+    alpha: float = 1.0,
+) -> None:
+    """Adds the squares for parameters that are used through tensors derived from them.
+
+    A few samples at a time, their gradients with respect to derived tensors are formed, and pulled
+    back to the parameters by the chain rule, one sample after the other.
+
+    Args:
+        totals: by parameter, of its shape; float32 or float64.
+        derived: every derived tensor between the uses and the parameters, oldest first.
+        uses: every use of the parameters and of the derived tensors.
+        count: samples.
+        alpha: factor of the added squares.
+
+    Raises:
+        CopyingView: before anything is added.
+    """
+    like = {**totals, **{each.name: each.leaf for each in derived}}
+    dtype = next(iter(totals.values())).dtype
+    uses = [use for use in uses if use.view.name in like]
+    for use in uses:
+        base = torch.empty_like(like[use.view.name])
+        if use.view.replay(base).untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+            raise CopyingView("used through a view that copies")
+    elements = sum(tensor.numel() for tensor in like.values())
+    step = max(1, _ELEMENTS // max(1, elements))
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        values = [
+            use.use.per_sample(use.slot, use.grad.to(dtype), use.samples, part) for use in uses
+        ]
+        for n in range(part.stop - part.start):
+            rows = {name: torch.zeros_like(t, dtype=dtype) for name, t in like.items()}
+            for use, value in zip(uses, values, strict=True):
+                use.view.replay(rows[use.view.name]).add_(value[n])
+            for each in reversed(derived):
+                for view, gradient in each.pull(rows[each.name]):
+                    if view.name in rows:
+                        view.replay(rows[view.name]).add_(gradient)
+            for name, total in totals.items():
+                total.add_(rows[name].square_(), alpha=alpha)

@@ -575,7 +575,7 @@ class _Batch:
         self._uses: dict[str, int] = defaultdict(int)
         self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
         self._done: set[str] = set()
-        self._weight = 1.0
+        self._weight, self._keep_graph = 1.0, False
         #: What derived tensors tie together: parameters and derived tensors, by name.
         self._groups: dict[str, str] = {}
 
@@ -624,7 +624,7 @@ class _Batch:
         self, losses: Tensor, inputs: Any, weight: float, *, keep_graph: bool = False
     ) -> None:
         """Adds ``weight`` times the squared gradients of ``losses [N]``."""
-        self._weight = weight
+        self._weight, self._keep_graph = weight, keep_graph
         self._done.clear()
         for site in self.recorder.sites:
             site.reached = False
@@ -696,6 +696,9 @@ class _Batch:
             self._finished(name, site.function)
         if outs:
             site.use.accumulate(outs, grad, self._samples[id(site)], self._weight)
+        if not self._keep_graph and len(alone) == len(site.use.views):
+            # As autograd frees what it saved: the activations need not wait for the end.
+            site.forget_inputs()
 
     def _finished(self, name: str, function: str) -> None:
         self._done.add(name)

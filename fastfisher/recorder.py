@@ -136,7 +136,7 @@ class Site:
     function: str
     #: The parameters that the call reads.
     names: tuple[str, ...]
-    #: What its rule knows; not to be asked for after :meth:`release`.
+    #: What its rule knows; not there any more after :meth:`forget_inputs`.
     use: Use
     output_shape: torch.Size
     #: Tensors the kernels will read, with their version at the time of the call.
@@ -152,12 +152,17 @@ class Site:
     #: Unhooks the output.
     handle: RemovableHandle | None = None
 
+    def forget_inputs(self) -> None:
+        """Lets go of what only the kernels needed; :attr:`use` is gone then."""
+        self.__dict__.pop("use", None)
+        self.saved = ()
+
     def release(self) -> None:
         """Lets go of every tensor."""
+        self.forget_inputs()
         if self.handle is not None:
             self.handle.remove()
-        del self.use
-        self.saved, self.node, self.handle = (), None, None
+        self.node, self.handle = None, None
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], int]:

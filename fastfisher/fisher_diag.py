@@ -143,6 +143,10 @@ def fisher_diag(
     result; :class:`FallbackWarning` says so once), or the call raises. ``model`` is put in eval
     mode for the pass and given back as it was: modes, buffers, ``.grad`` and hooks.
 
+    The first call on a model runs two samples beforehand to learn which rows of each output belong
+    to which sample, and that samples do not depend on each other; every batch is then checked to
+    make the same calls, and what differs is probed again.
+
     Args:
         model: called as ``model(input)``, or ``model(*input)`` for a tuple or list, or
             ``model(**input)`` for a mapping. Its result for one sample must not depend on the
@@ -402,9 +406,12 @@ class _Pass:
         if name not in self.sums:
             parameter = self.chosen[name]
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            self.sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device).to(
-                memory_format=memory_format or torch.contiguous_format
-            )
+            self.sums[name] = torch.empty(
+                parameter.shape,
+                dtype=dtype,
+                device=parameter.device,
+                memory_format=memory_format or torch.contiguous_format,
+            ).zero_()
         return self.sums[name]
 
     def leaves(self, recorder: Recorder, inputs: Any) -> list[Tensor]:
@@ -552,7 +559,7 @@ class _Pass:
             value = self.sum_of(name)
             if total is not None:
                 value.copy_(total.mul_(factor))
-            else:
+            elif factor != 1.0:
                 value.mul_(factor)
             values[name] = value.contiguous()
         rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}

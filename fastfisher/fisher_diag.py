@@ -220,17 +220,18 @@ def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards modes, buffers and gradients are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     try:
-        model.eval()
+        if training:
+            model.eval()
         for parameter, _ in grads:
             parameter.grad = None
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
         for parameter, grad in grads:
             parameter.grad = grad
         with torch.no_grad():

@@ -41,7 +41,8 @@ _DEFAULT_CHUNK_ELEMENTS = 1 << 24
 
 
 def _check(op: str, argument: str, condition: bool, expected: str) -> None:
-    torch._check_value(condition, lambda: f"fastfisher::{op}: {argument}: expected {expected}")
+    if not condition:
+        raise ValueError(f"fastfisher::{op}: {argument}: expected {expected}")
 
 
 def _sample_chunks(samples: int, elements: int) -> Sequence[slice]:

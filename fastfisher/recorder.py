@@ -436,10 +436,11 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_NAMES:
             return NotImplemented
+        # Most calls read an activation first; to flatten their arguments takes longer than they do.
         first = args[0] if args else None
-        if isinstance(first, Tensor) and not constant and self.view(first) is None:
-            # Most calls read an activation first; flattening the arguments takes longer than them.
-            if first.requires_grad or not self._is_constant(first):
+        if isinstance(first, Tensor) and self.view(first) is None and not constant:
+            enters = not first.requires_grad and self._is_constant(first)
+            if not enters:
                 return NotImplemented
         values, spec = tree_flatten((args, kwargs))
         entries: dict[int, tuple[Tensor, View]] = {}

@@ -307,38 +307,57 @@ FF_INLINE T horizontal_sum(typename Vector<T>::type value) {
   return lanes[0];
 }
 
-// Channels innermost: one vector of channels at a time down the positions.
-template <typename T, bool HasX, bool HasMean, bool PerChannel>
-void channel_sums_last(const ChannelSums<T>& s) {
+// Channels innermost: V vectors of channels down the positions, P of which are summed apart, so
+// that few channels do not wait for the latency of one addition after the other.
+template <typename T, int V, int P, bool HasX, bool HasMean, bool PerChannel>
+FF_INLINE void channel_sums_columns(const ChannelSums<T>& s, int64_t c) {
   using vector = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::lanes;
-  constexpr int V = 4;
-  int64_t c = 0;
-  for (; c + V * L <= s.channels; c += V * L) {
-    vector weight[V] = {};
-    vector bias[V] = {};
-    for (int64_t t = 0; t < s.positions; ++t) {
-      const T* g = s.g + t * s.g_position + c;
-      FF_UNROLL for (int v = 0; v < V; ++v) {
-        const vector gv = load(g + v * L);
-        bias[v] += gv;
-        if constexpr (HasX) {
-          vector xhat = load(s.x + t * s.x_position + c + v * L);
-          if constexpr (PerChannel) {
-            if constexpr (HasMean) xhat -= load(s.mean + t * s.mean_position + c + v * L);
-            xhat *= load(s.scale + t * s.scale_position + c + v * L);
-          } else {
-            if constexpr (HasMean) xhat -= s.mean[t * s.mean_position];
-            xhat *= s.scale[t * s.scale_position];
-          }
-          weight[v] += gv * xhat;
+  vector weight[P][V] = {};
+  vector bias[P][V] = {};
+  int64_t t = 0;
+  const auto add = [&](int64_t at, int p) __attribute__((always_inline)) {
+    FF_UNROLL for (int v = 0; v < V; ++v) {
+      const vector g = load(s.g + at * s.g_position + c + v * L);
+      bias[p][v] += g;
+      if constexpr (HasX) {
+        vector xhat = load(s.x + at * s.x_position + c + v * L);
+        if constexpr (PerChannel) {
+          if constexpr (HasMean) xhat -= load(s.mean + at * s.mean_position + c + v * L);
+          xhat *= load(s.scale + at * s.scale_position + c + v * L);
+        } else {
+          if constexpr (HasMean) xhat -= s.mean[at * s.mean_position];
+          xhat *= s.scale[at * s.scale_position];
         }
+        weight[p][v] += g * xhat;
       }
     }
-    FF_UNROLL for (int v = 0; v < V; ++v) {
-      if (s.bias != nullptr) store(s.bias + c + v * L, bias[v]);
-      if constexpr (HasX) store(s.weight + c + v * L, weight[v]);
+  };
+  for (; t + P <= s.positions; t += P) {
+    FF_UNROLL for (int p = 0; p < P; ++p) add(t + p, p);
+  }
+  for (; t < s.positions; ++t) add(t, 0);
+  FF_UNROLL for (int v = 0; v < V; ++v) {
+    vector weight_sum = weight[0][v];
+    vector bias_sum = bias[0][v];
+    FF_UNROLL for (int p = 1; p < P; ++p) {
+      weight_sum += weight[p][v];
+      bias_sum += bias[p][v];
     }
+    if (s.bias != nullptr) store(s.bias + c + v * L, bias_sum);
+    if constexpr (HasX) store(s.weight + c + v * L, weight_sum);
+  }
+}
+
+template <typename T, bool HasX, bool HasMean, bool PerChannel>
+void channel_sums_last(const ChannelSums<T>& s) {
+  constexpr int64_t L = Vector<T>::lanes;
+  int64_t c = 0;
+  for (; c + 4 * L <= s.channels; c += 4 * L) {
+    channel_sums_columns<T, 4, 1, HasX, HasMean, PerChannel>(s, c);
+  }
+  for (; c + L <= s.channels; c += L) {
+    channel_sums_columns<T, 1, 4, HasX, HasMean, PerChannel>(s, c);
   }
   for (; c < s.channels; ++c) {
     T weight = 0;

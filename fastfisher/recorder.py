@@ -17,7 +17,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,11 @@ class Recorder(TorchFunctionMode):
             id(parameter): (parameter, View(name, parameter.shape))
             for name, parameter in self.parameters.items()
         }
-        self._storages = {tensor.untyped_storage().data_ptr() for tensor in self.constants}
+        self._storages = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in self.constants
+            if tensor.layout == torch.strided
+        }
         self._occurrences: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
 
     # -- for rules ---------------------------------------------------------------------------
@@ -265,6 +269,12 @@ class Recorder(TorchFunctionMode):
         """The view that ``value`` is of a tracked parameter, or None."""
         entry = self._tracked.get(id(value))
         return None if entry is None else entry[1]
+
+    def is_constant(self, value: Tensor) -> bool:
+        """Whether no sample has a part in ``value``: it is a buffer, or a view of one."""
+        if value.requires_grad or value.layout != torch.strided:
+            return False
+        return value.untyped_storage().data_ptr() in self._storages
 
     def record(
         self,
@@ -438,10 +448,9 @@ class Recorder(TorchFunctionMode):
             return NotImplemented
         # Most calls read an activation first; to flatten their arguments takes longer than they do.
         first = args[0] if args else None
-        if isinstance(first, Tensor) and self.view(first) is None and not constant:
-            enters = not first.requires_grad and self._is_constant(first)
-            if not enters:
-                return NotImplemented
+        is_other = isinstance(first, Tensor) and self.view(first) is None
+        if is_other and not constant and not self.is_constant(cast(Tensor, first)):
+            return NotImplemented
         values, spec = tree_flatten((args, kwargs))
         entries: dict[int, tuple[Tensor, View]] = {}
         originals = {}
@@ -454,7 +463,7 @@ class Recorder(TorchFunctionMode):
                     entries[id(value)] = (value.detach().requires_grad_(), view)
                 values[index] = entries[id(value)][0]
                 originals[id(values[index])] = value
-            elif value.requires_grad or not (constant or self._is_constant(value)):
+            elif value.requires_grad or not (constant or self.is_constant(value)):
                 return NotImplemented
         args, kwargs = tree_unflatten(values, spec)
         outputs, spec = tree_flatten(func(*args, **kwargs))
@@ -464,9 +473,6 @@ class Recorder(TorchFunctionMode):
                 if outputs[index] is None:
                     outputs[index] = self._track(name, output, tuple(entries.values()))
         return tree_unflatten(outputs, spec)
-
-    def _is_constant(self, value: Tensor) -> bool:
-        return value.dim() == 0 or value.untyped_storage().data_ptr() in self._storages
 
     def _track(
         self, function: str, output: Tensor, sources: tuple[tuple[Tensor, View], ...]

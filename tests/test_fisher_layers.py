@@ -222,6 +222,18 @@ NORMS = [
     (lambda: nn.GroupNorm(3, 12), (2, 12, 5)),
     (lambda: nn.GroupNorm(2, 6), (3, 6, 4, 4)),
     (lambda: nn.GroupNorm(1, 5), (2, 5)),
+    (lambda: nn.RMSNorm(9), (3, 9)),
+    (lambda: nn.RMSNorm((4, 5), eps=1e-2), (1, 3, 4, 5)),
+    (lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 7)),
+    (lambda: nn.InstanceNorm2d(5, affine=True), (3, 5, 4, 3)),
+    (lambda: nn.InstanceNorm2d(5, affine=True), (1, 5, 4, 3)),
+    (lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), (3, 2, 4, 3)),
+    (lambda: nn.InstanceNorm3d(2, affine=True), (2, 2, 3, 2, 2)),
+    (lambda: nn.PReLU(), (3, 4)),
+    (lambda: nn.PReLU(), (1, 1)),
+    (lambda: nn.PReLU(5), (3, 5)),
+    (lambda: nn.PReLU(5), (2, 5, 3, 4)),
+    (lambda: nn.PReLU(5), (1, 5, 3)),
 ]
 
 
@@ -240,6 +252,53 @@ def test_embedding(shape: tuple[int, ...], padding: int | None, dtype: torch.dty
     index = torch.randint(0, 6, shape)  # six rows: tokens repeat within a sample
     layer = nn.Embedding(6, 67, padding_idx=padding)
     assert_exact(head_for(layer, index), index, targets(shape[0]), dtype=dtype)
+
+
+@pytest.mark.parametrize("samples", [3, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(mode="sum"),
+        dict(mode="mean"),
+        dict(mode="mean", padding_idx=2),
+        dict(mode="sum", padding_idx=-1, sparse=True),
+    ],
+    ids=str,
+)
+def test_embedding_bag(options: dict, samples: int) -> None:
+    tokens = torch.randint(0, 6, (samples, 7))
+    layer = nn.EmbeddingBag(6, 11, **options)
+    assert_exact(head_for(layer, tokens), tokens, targets(samples))
+
+
+class Lengths(nn.Module):
+    """Every sample has bags of its own lengths: a mask says which tokens are there."""
+
+    def __init__(self, last_offset: bool, weighted: bool, mode: str) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(6, 11, mode=mode, include_last_offset=last_offset)
+        self.last_offset, self.weighted = last_offset, weighted
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        there = tokens >= 0
+        flat = tokens[there]
+        offsets = nn.functional.pad(there.sum(2).flatten().cumsum(0), (1, 0))
+        offsets = offsets if self.last_offset else offsets[:-1]
+        weights = torch.cos(flat.double()).to(self.table.weight.dtype) if self.weighted else None
+        return self.table(flat, offsets, weights).unflatten(0, tokens.shape[:2])
+
+
+@pytest.mark.parametrize("samples", [3, 1])
+@pytest.mark.parametrize("last_offset", [False, True])
+@pytest.mark.parametrize("weighted, mode", [(False, "mean"), (True, "sum")])
+def test_embedding_bag_of_offsets(
+    weighted: bool, mode: str, last_offset: bool, samples: int
+) -> None:
+    tokens = torch.randint(0, 6, (samples, 2, 5))
+    tokens[torch.rand(tokens.shape) < 0.4] = -1
+    tokens[0, 1] = -1
+    layer = Lengths(last_offset, weighted, mode)
+    assert_exact(head_for(layer, tokens), tokens, targets(samples))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

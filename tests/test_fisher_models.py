@@ -225,18 +225,19 @@ def test_single_sample_batches_after_a_larger_one() -> None:
     assert max(errors.values()) < 1e-10
 
 
-class LSTM(nn.Module):
+class PackedLSTM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(6, 7, batch_first=True)
         self.out = nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lstm(x)[0][:, -1])
+        packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
+        return self.out(self.lstm(packed)[1][0][-1])
 
 
 def test_function_that_vmap_cannot_run_goes_through_the_loop() -> None:
-    model = LSTM()
+    model = PackedLSTM()
     names = {name for name, _ in model.named_parameters() if name.startswith("lstm")}
     result = assert_exact(model, torch.randn(4, 3, 6), LABELS, fallback=names)
     assert "per-sample loop" in result.rules["lstm.weight_ih_l0"]

@@ -7,7 +7,7 @@ One file a family of layers. A rule reads its arguments, and either records a us
 from __future__ import annotations
 
 from ..recorder import Function, Rule
-from . import conv, elementwise, embedding, linear, norm
+from . import conv, elementwise, embedding, linear, norm, recurrent
 
 RULES: dict[Function, Rule] = {
     **linear.RULES,
@@ -15,6 +15,7 @@ RULES: dict[Function, Rule] = {
     **norm.RULES,
     **embedding.RULES,
     **elementwise.RULES,
+    **recurrent.RULES,
 }
 
 __all__ = ["RULES"]

@@ -23,9 +23,18 @@ def bind(
     return bound
 
 
-def detach(value: Any) -> Any:
-    """A tensor without its history; anything else as it is."""
-    return value.detach() if isinstance(value, Tensor) else value
+def plain(recorder: Recorder, value: Any) -> Any:
+    """A tracked parameter without its history; anything else as it is."""
+    return value if recorder.view(value) is None else value.detach()
+
+
+def untracked(recorder: Recorder, bound: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments through which gradients must go on flowing."""
+    return [
+        value
+        for value in bound.values()
+        if isinstance(value, Tensor) and recorder.view(value) is None
+    ]
 
 
 def parameter_views(

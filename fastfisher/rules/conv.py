@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, bind, detach, parameter_views
+from .common import as_dtype, bind, parameter_views, plain, untracked
 from .terms import Images
 
 
@@ -141,7 +141,7 @@ def _rule(dims: int, transposed: bool) -> Rule:
         x = bound["input"]
         if views is None or x.dim() != dims + 2:
             return NotImplemented
-        weight, bias = detach(bound["weight"]), detach(bound["bias"])
+        weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
         stride, dilation = _each(bound["stride"], dims), _each(bound["dilation"], dims)
         if isinstance(bound["padding"], str):
             # "same" may need one more zero at the end than at the beginning: pad first, then none.
@@ -155,7 +155,8 @@ def _rule(dims: int, transposed: bool) -> Rule:
         more = _each(bound["output_padding"], dims) if transposed else None
         use = ConvUse(views, x, stride, padding, dilation, bound["groups"], more)
         options = {**bound, "input": x, "weight": weight, "bias": bias, "padding": padding}
-        return recorder.record(func, use, [x], lambda: func(**options))
+        inputs = untracked(recorder, bound)
+        return recorder.record(func, use, inputs, lambda: func(**options), saved=[x])
 
     return rule
 

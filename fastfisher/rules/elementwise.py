@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, detach
+from .common import as_dtype, plain
 
 
 @dataclass
@@ -105,9 +105,11 @@ def _binary(derivative: Callable[[bool, Tensor, Tensor], Callable[[], Tensor] | 
             return NotImplemented
         views = [recorder.view(value) for value in args]
         left = views[0] is not None
-        view, other, parameter = views[1 - left], args[left], detach(args[1 - left])
+        view, other, parameter = views[1 - left], args[left], plain(recorder, args[1 - left])
         if view is None or views[left] is not None or not other.is_floating_point():
             return NotImplemented
+        if recorder.is_constant(other):
+            return NotImplemented  # the result is derived from the parameter
         dims = max(parameter.dim(), other.dim())
         factor = derivative(left, other.detach(), parameter)
         use = ElementwiseUse({"parameter": view}, _aligned(parameter.shape, dims), factor)
@@ -125,7 +127,7 @@ def _prelu(
 ) -> Any:
     if len(args) != 2 or kwargs or recorder.view(args[0]) is not None:
         return NotImplemented
-    x, weight = args[0], args[1].detach()
+    x, weight = args[0], plain(recorder, args[1])
     view = recorder.view(args[1])
     assert view is not None
     aligned = [1] * x.dim()
@@ -140,7 +142,7 @@ def _broadcast(
     recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     view = recorder.view(args[0])
-    parameter = detach(args[0])
+    parameter = plain(recorder, args[0])
     output = func(parameter, *args[1:], **kwargs)
     aligned = _aligned(parameter.shape, output.dim())
     # A repeated axis of more than one entry holds each entry several times.

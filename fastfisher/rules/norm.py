@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, bind, detach, parameter_views
+from .common import as_dtype, bind, parameter_views, plain, untracked
 
 
 @dataclass
@@ -118,11 +118,13 @@ def _batch_norm(
     x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
     if views is None or bound["training"] or mean is None or x.dim() < 2:
         return NotImplemented
-    arguments = [detach(value) for value in bound.values()][1:]
+    arguments = [plain(recorder, value) for value in bound.values()][1:]
     shape = (1, -1, *[1] * (x.dim() - 2))
     scale = torch.rsqrt(var + bound["eps"])
     use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
-    return recorder.record(func, use, [x], lambda: torch.batch_norm(x, *arguments))
+    return recorder.record(
+        func, use, untracked(recorder, bound), lambda: torch.batch_norm(x, *arguments), saved=[x]
+    )
 
 
 def _layer_norm(
@@ -138,7 +140,8 @@ def _layer_norm(
     x, shape = bound["input"], list(bound["normalized_shape"])
     if views is None or x.dim() <= len(shape) or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
-    weight, bias, eps = detach(bound["weight"]), detach(bound["bias"]), bound["eps"]
+    weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
+    eps = bound["eps"]
     use = NormUse(views, range(x.dim() - len(shape)), x, len(shape))
 
     def compute() -> Tensor:
@@ -146,7 +149,7 @@ def _layer_norm(
         use.mean, use.scale = mean.detach(), rstd.detach()
         return output
 
-    return recorder.record(func, use, [x], compute)
+    return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
 
 
 def _group_norm(
@@ -162,7 +165,8 @@ def _group_norm(
     x, groups = bound["input"], bound["num_groups"]
     if views is None or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
-    weight, bias, eps = detach(bound["weight"]), detach(bound["bias"]), bound["eps"]
+    weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
+    eps = bound["eps"]
     rows, channels = x.shape[:2]
     use = NormUse(views, (0,), x, None)
 
@@ -176,11 +180,75 @@ def _group_norm(
         use.scale = rstd.detach().repeat_interleave(each, 1).reshape(shape)
         return output
 
-    return recorder.record(func, use, [x], compute)
+    return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
+
+
+def _rms_norm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(
+        args,
+        kwargs,
+        ("input", "normalized_shape", "weight", "eps"),
+        {"weight": None, "eps": None},
+    )
+    views = parameter_views(recorder, bound, ("weight",))
+    x, shape = bound["input"], list(bound["normalized_shape"])
+    if views is None or x.dim() <= len(shape) or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    weight, eps = plain(recorder, bound["weight"]), bound["eps"]
+    values = x.detach()
+    squares = values.square().mean(list(range(-len(shape), 0)), keepdim=True)
+    scale = torch.rsqrt(squares + (torch.finfo(x.dtype).eps if eps is None else eps))
+    use = NormUse(views, range(x.dim() - len(shape)), x, len(shape), None, scale)
+    return recorder.record(
+        func,
+        use,
+        untracked(recorder, bound),
+        lambda: torch.rms_norm(x, shape, weight, eps),
+        saved=[x],
+    )
+
+
+def _instance_norm(
+    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bound = bind(
+        args,
+        kwargs,
+        (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "use_input_stats",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ),
+        {},
+    )
+    views = parameter_views(recorder, bound, ("weight", "bias"))
+    x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
+    if views is None or x.dim() < 3 or (bound["use_input_stats"] and mean is not None):
+        return NotImplemented
+    if mean is None:
+        axes = list(range(2, x.dim()))
+        var, mean = torch.var_mean(x.detach(), axes, correction=0, keepdim=True)
+    else:
+        mean, var = (each.reshape(1, -1, *[1] * (x.dim() - 2)) for each in (mean, var))
+    arguments = [plain(recorder, value) for value in bound.values()][1:]
+    use = NormUse(views, (0,), x, None, mean, torch.rsqrt(var + bound["eps"]))
+    return recorder.record(
+        func, use, untracked(recorder, bound), lambda: torch.instance_norm(x, *arguments), saved=[x]
+    )
 
 
 RULES: dict[Function, Rule] = {
     torch.batch_norm: _batch_norm,
     torch.layer_norm: _layer_norm,
     torch.group_norm: _group_norm,
+    torch.rms_norm: _rms_norm,
+    torch.instance_norm: _instance_norm,
 }

@@ -81,6 +81,9 @@ CONVOLUTIONS = [
     ((2, 3, 8, 8), dict(out_channels=4, kernel_size=3, padding=2, padding_mode="circular")),
     ((2, 3, 8, 8), dict(out_channels=4, kernel_size=3, padding=2, padding_mode="reflect")),
     ((1, 70, 1, 1), dict(out_channels=40, kernel_size=1, bias=False)),
+    # A panel of one channel: short runs at the end of one group's samples, before the next group's.
+    ((2, 34, 2, 2), dict(out_channels=2, kernel_size=(2, 1), groups=2)),
+    ((3, 66, 3, 4), dict(out_channels=4, kernel_size=(3, 1), groups=2)),
 ]
 
 

@@ -361,26 +361,26 @@ class Outer {
     const bool contiguous = p_.dilation_w == 1;
     const int64_t run = contiguous ? p_.kernel_width * channels : channels;
     const int64_t runs = contiguous ? 1 : p_.kernel_width;
+    const T* const end = to + panel.sample;
     for (int64_t oh = 0; oh < p_.out_height; ++oh) {
       for (int64_t ow = 0; ow < p_.out_width; ++ow) {
         T* window = to + oh * panel.line + ow * p_.kernel_height * runs * run;
-        const bool last = oh + 1 == p_.out_height && ow + 1 == p_.out_width;
         for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
           const int64_t h = oh * p_.stride_h + kh * p_.dilation_h - p_.pad_h;
           const T* source = lines.data() + (h >= 0 && h < p_.height ? h : p_.height) * line +
                             ow * p_.stride_w * channels;
           for (int64_t k = 0; k < runs; ++k, window += run) {
-            copy_run(window, source + k * p_.dilation_w * channels, run, last);
+            copy_run(window, source + k * p_.dilation_w * channels, run, end);
           }
         }
       }
     }
   }
 
-  // Copies `count` elements in steps that the compiler knows. They may spill over the end, into
-  // what is written next, unless `exact`.
-  static void copy_run(T* to, const T* from, int64_t count, bool exact) {
-    if (exact) {
+  // Copies `count` elements in steps that the compiler knows. They may spill into what is written
+  // next, but not past `end`: what follows is another sample's, and perhaps packed already.
+  static void copy_run(T* to, const T* from, int64_t count, const T* end) {
+    if (end - to < ceil_div(count, kCopyElements) * kCopyElements) {
       std::copy(from, from + count, to);
       return;
     }

@@ -716,9 +716,8 @@ class _Batch:
     def _add_jointly(self, group: str) -> None:
         """Adds the gradients of all uses of one parameter, or of a group, then squares."""
         uses = self._pending.pop(group)
-        members = [name for name, of in self._groups.items() if of == group] or [group]
-        derived = [self.recorder.derived[name] for name in members if name in self.recorder.derived]
-        names = [name for name in members if self._is_wanted(name)]
+        names = [n for n in self.run.chosen if self._group(n) == group and self._is_wanted(n)]
+        derived = [each for n, each in self.recorder.derived.items() if self._groups[n] == group]
         if not names:
             return
         occurrences = [

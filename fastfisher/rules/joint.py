@@ -163,7 +163,7 @@ def add_through_derived(
         CopyingView: before anything is added.
     """
     like = {**totals, **{each.name: each.leaf for each in derived}}
-    dtype = next(iter(totals.values())).dtype
+    dtype = max((total.dtype for total in totals.values()), key=lambda dtype: dtype.itemsize)
     uses = [use for use in uses if use.view.name in like]
     for use in uses:
         base = torch.empty_like(like[use.view.name])

@@ -212,12 +212,6 @@ _VIEW_NAMES = frozenset(
     )
 )
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH"))
-_IN_PLACE_NAMES = frozenset(
-    (
-        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"),
-        *("__ipow__", "__imatmul__"),
-    )
-)
 _NO_GRADIENT_NAMES = frozenset(("detach", "detach_"))
 
 
@@ -362,7 +356,7 @@ class Recorder(TorchFunctionMode):
             with self:
                 return expanded(*args, **kwargs)
         result = func(*self._detached(args), **self._detached(kwargs))
-        if any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0]):
+        if _writes(name) or any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0]):
             for view in views:
                 for root in self.roots(view.name):
                     self.unruled.setdefault(root, name)
@@ -444,7 +438,7 @@ class Recorder(TorchFunctionMode):
         ``constant``: other tensors are known to be no sample's, as long as none requires grad.
         """
         name = name_of(func)
-        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_NAMES:
+        if _writes(name):
             return NotImplemented
         # Most calls read an activation first; to flatten their arguments takes longer than they do.
         first = args[0] if args else None
@@ -491,6 +485,11 @@ def name_of(func: Function) -> str:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", name)
     return name
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes into one of its arguments."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 _expansions: dict[Function, Function | None] = {}

@@ -58,7 +58,7 @@ OPERATIONS = [
     lambda x, p: x + p.expand_as(x),
     lambda x, p: x * p.expand(x.shape[0], 3, 6),
     lambda x, p: x + torch.broadcast_to(p, x.shape),
-    lambda x, p: x * F.normalize(p, dim=-1),
+    lambda x, p: x * F.softplus(p) / (1 + p.norm()),
     lambda x, p: x * p * p.detach(),
     lambda x, p: x * p.to(torch.float64) * p.numel(),
 ]
@@ -86,7 +86,13 @@ def in_place(x: Tensor, p: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("combine", [in_place, lambda x, p: torch.add(x, p, alpha=2)])
+def set_rows(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 1] = p
+    return x
+
+
+@pytest.mark.parametrize("combine", [in_place, set_rows, lambda x, p: torch.add(x, p, alpha=2)])
 def test_arithmetic_without_a_rule(combine: Callable[[Tensor, Tensor], Tensor]) -> None:
     model = Arithmetic(combine, (6,), False)
     assert_exact(model, torch.randn(4, 3, 6), labels(4), fallback={"p"})
@@ -300,7 +306,21 @@ def test_gradient_switched_off_on_a_derived_tensor() -> None:
     assert_exact(Model(), torch.randn(4, 6), labels(4))
 
 
-def test_derived_tensor_modified_in_place() -> None:
+def add_and_multiply(w: Tensor) -> None:
+    w.add_(1)
+    w *= 3
+
+
+def set_entry(w: Tensor) -> None:
+    w[2] = 1.0
+
+
+def set_view(w: Tensor) -> None:
+    w.view(2, 3)[1] *= 2
+
+
+@pytest.mark.parametrize("modify", [add_and_multiply, set_entry, set_view])
+def test_derived_tensor_modified_in_place(modify: Callable[[Tensor], None]) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -309,8 +329,7 @@ def test_derived_tensor_modified_in_place() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             w = self.p * 2
-            w.add_(1)
-            w *= 3
+            modify(w)
             return self.out(x * w)
 
     assert_exact(Model(), torch.randn(4, 6), labels(4), fallback={"p"})

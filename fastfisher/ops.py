@@ -28,7 +28,7 @@ _library.define(
 )
 _library.define(
     "channel_sum_grad_squared_(Tensor(a!)? weight, Tensor(b!)? bias, Tensor grad, Tensor? input, "
-    "Tensor? mean, Tensor? scale, float alpha) -> ()"
+    "Tensor? mean, Tensor? scale, Tensor(c!)? grad_input, Tensor? factor, float alpha) -> ()"
 )
 _library.define(
     "embedding_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor index, int padding_index, "
@@ -131,8 +131,12 @@ def _channel_default(
     input: Tensor | None,
     mean: Tensor | None,
     scale: Tensor | None,
+    grad_input: Tensor | None,
+    factor: Tensor | None,
     alpha: float,
 ) -> None:
+    if grad_input is not None and factor is not None:
+        torch.mul(grad, factor, out=grad_input)
     weight_grad, bias_grad = channel_per_sample_grad(grad, input, mean, scale)
     if weight is not None and weight_grad is not None:
         weight.add_(weight_grad.square_().sum(0), alpha=alpha)
@@ -275,6 +279,8 @@ def channel_sum_grad_squared_(
     mean: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    grad_input: Tensor | None = None,
+    factor: Tensor | None = None,
     alpha: float = 1.0,
 ) -> None:
     """Adds the summed squares of per-channel sums of one sample.
@@ -289,6 +295,9 @@ def channel_sum_grad_squared_(
         input: ``[N, T, C]``; needed with ``weight``.
         mean: broadcasts to ``[N, T, C]``; None is zero.
         scale: broadcasts to ``[N, T, C]``; None is one.
+        grad_input: ``[N, T, C]`` with the strides of ``grad``; becomes ``grad * factor``, so that
+            a layer's backward pass reads ``grad`` once.
+        factor: contiguous ``[C]``; needed with ``grad_input``.
         alpha: factor of the added squares.
 
     Raises:
@@ -304,10 +313,15 @@ def channel_sum_grad_squared_(
         _check(op, "input", input.shape == grad.shape, "[N, T, C]")
         mean = None if mean is None else mean.expand_as(grad)
         scale = (grad.new_ones(()) if scale is None else scale).expand_as(grad)
+    _check(op, "factor", (factor is None) == (grad_input is None), "with grad_input, and only then")
+    if grad_input is not None:
+        fits = grad_input.shape == grad.shape and grad_input.stride() == grad.stride()
+        _check(op, "grad_input", fits, "[N, T, C] with the strides of grad")
     torch.ops.fastfisher.channel_sum_grad_squared_.default(
-        weight, bias, grad, input, mean, scale, alpha
+        weight, bias, grad, input, mean, scale, grad_input, factor, alpha
     )
-    torch.autograd.graph.increment_version([t for t in (weight, bias) if t is not None])
+    outs = [out for out in (weight, bias, grad_input) if out is not None]
+    torch.autograd.graph.increment_version(outs)
 
 
 def embedding_sum_grad_squared_(

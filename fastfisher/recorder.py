@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -182,6 +183,13 @@ class Site:
 Rule = Callable[["Recorder", Function, tuple[Any, ...], dict[str, Any]], Any]
 
 
+class PassingUse(Use, Protocol):
+    """A use that computes the gradient of its input itself, in the pass over its output's."""
+
+    def grad_input(self, grad: Tensor) -> Tensor:
+        """The gradient of the input; called after ``accumulate``, if that is called at all."""
+
+
 class _Shared(Exception):
     """The call is one of :attr:`Recorder.shared`."""
 
@@ -200,6 +208,22 @@ class _Source(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         ctx.hook(grads[0])
         return None, None, None
+
+
+class _Passing(torch.autograd.Function):
+    """Runs a call whose :class:`PassingUse` gives the gradient of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, compute: Callable[[], Tensor], pull: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.pull = pull
+        return compute()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull(grads[0]), None, None
 
 
 # Functions that only rearrange entries: a parameter's view is followed through them.
@@ -277,6 +301,7 @@ class Recorder(TorchFunctionMode):
         inputs: Sequence[Tensor],
         compute: Callable[[], Tensor],
         saved: Sequence[Tensor] | None = None,
+        passing: Tensor | None = None,
     ) -> Tensor:
         """Runs ``compute`` and arranges that the gradient at its result reaches ``on_grad``.
 
@@ -286,6 +311,7 @@ class Recorder(TorchFunctionMode):
             inputs: tensors that the call reads beside parameters.
             compute: runs the function on detached parameters.
             saved: which of them ``use`` reads during backward; None is all.
+            passing: the one input that requires grad, where ``use`` is a :class:`PassingUse`.
         """
         names = tuple(view.name for view in use.views.values())
         held = tuple((x, x._version) for x in (inputs if saved is None else saved))
@@ -300,8 +326,15 @@ class Recorder(TorchFunctionMode):
             site.reached = True
             self.on_grad(site, grad)
 
+        def pull(grad: Tensor) -> Tensor:
+            passed = cast(PassingUse, site.use)
+            hook(grad)
+            return passed.grad_input(grad)
+
         if site.source:
             output = _Source.apply(self.anchor, compute, hook)
+        elif passing is not None:
+            output = _Passing.apply(passing, compute, pull)
         else:
             output = compute()
             site.handle = output.register_hook(hook)

@@ -1,5 +1,6 @@
 // The channel family: weight[c] += alpha * sum_n (sum_t g[n, t, c] * (x - mean) * scale)^2 and
-// bias[c] += alpha * sum_n (sum_t g[n, t, c])^2, in one pass over g and x.
+// bias[c] += alpha * sum_n (sum_t g[n, t, c])^2, in one pass over g and x, which may write the
+// gradient of the layer's input too.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -50,11 +51,16 @@ void add_squares(const Kernels<T>& k, const Tensor& out, const T* sums, int64_t 
 template <typename T>
 void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& grad,
          const std::optional<Tensor>& input, const std::optional<Tensor>& mean,
-         const std::optional<Tensor>& scale, T alpha) {
+         const std::optional<Tensor>& scale, const std::optional<Tensor>& grad_input,
+         const std::optional<Tensor>& factor, T alpha) {
   const Kernels<T>& k = kernels().of<T>();
   const int64_t samples = grad.size(0), positions = grad.size(1), channels = grad.size(2);
   if (samples == 0 || positions == 0 || channels == 0) return;
   const Operand<T> g(grad), x(input), m(mean), s(scale);
+  T* const to_input =
+      grad_input.has_value() ? static_cast<T*>(grad_input->mutable_data_ptr()) : nullptr;
+  const T* const factors =
+      factor.has_value() ? static_cast<const T*>(factor->const_data_ptr()) : nullptr;
   const int64_t outputs = int64_t(weight.has_value()) + int64_t(bias.has_value());
   const int64_t sample_sums = outputs * channels;
   const int64_t block =
@@ -73,7 +79,8 @@ void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                         m.data == nullptr ? nullptr : m.data + n * m.sample, m.position, m.channel,
                         s.data == nullptr ? nullptr : s.data + n * s.sample, s.position, s.channel,
                         positions, channels, weight.has_value() ? sum : nullptr,
-                        bias.has_value() ? sum + bias_at : nullptr});
+                        bias.has_value() ? sum + bias_at : nullptr,
+                        to_input == nullptr ? nullptr : to_input + n * g.sample, factors});
       }
     });
     torch::stable::parallel_for(0, channels, 1024, [&](int64_t from, int64_t to) {
@@ -91,7 +98,8 @@ void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
 
 void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tensor> bias,
                                Tensor grad, std::optional<Tensor> input, std::optional<Tensor> mean,
-                               std::optional<Tensor> scale, double alpha) {
+                               std::optional<Tensor> scale, std::optional<Tensor> grad_input,
+                               std::optional<Tensor> factor, double alpha) {
 #define FF_CHECK_CHANNEL(argument, condition, ...) \
   FF_CHECK("channel_sum_grad_squared_", argument, condition, __VA_ARGS__)
   FF_CHECK_CHANNEL("grad", is_floating(grad) && grad.dim() == 3,
@@ -117,11 +125,22 @@ void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tenso
   FF_CHECK_CHANNEL("scale", same_shape(scale), "expected the dtype and [N, T, C] of grad");
   FF_CHECK_CHANNEL("weight", is_output(weight), "expected [C] of the dtype of grad");
   FF_CHECK_CHANNEL("bias", is_output(bias), "expected [C] of the dtype of grad");
+  FF_CHECK_CHANNEL("grad_input", grad_input.has_value() == factor.has_value(),
+                   "expected with factor, and only with it");
+  FF_CHECK_CHANNEL("grad_input",
+                   same_shape(grad_input) &&
+                       (!grad_input.has_value() || (grad_input->stride(0) == grad.stride(0) &&
+                                                    grad_input->stride(1) == grad.stride(1) &&
+                                                    grad_input->stride(2) == grad.stride(2))),
+                   "expected the dtype, [N, T, C] and strides of grad");
+  FF_CHECK_CHANNEL("factor", is_output(factor) && (!factor.has_value() || factor->stride(0) == 1),
+                   "expected contiguous [C] of the dtype of grad");
 #undef FF_CHECK_CHANNEL
   if (grad.scalar_type() == ScalarType::Float) {
-    run<float>(weight, bias, grad, input, mean, scale, static_cast<float>(alpha));
+    run<float>(weight, bias, grad, input, mean, scale, grad_input, factor,
+               static_cast<float>(alpha));
   } else {
-    run<double>(weight, bias, grad, input, mean, scale, alpha);
+    run<double>(weight, bias, grad, input, mean, scale, grad_input, factor, alpha);
   }
 }
 

@@ -55,6 +55,9 @@ struct ChannelSums {
   int64_t positions, channels;
   T* weight;  // [channels], overwritten
   T* bias;    // [channels], overwritten
+  // grad_input[t, c] = g[t, c] * factor[c], with the strides of g; nullptr when not wanted.
+  T* grad_input;
+  const T* factor;
 };
 
 template <typename T>

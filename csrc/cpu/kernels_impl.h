@@ -309,17 +309,24 @@ FF_INLINE T horizontal_sum(typename Vector<T>::type value) {
 
 // Channels innermost: V vectors of channels down the positions, P of which are summed apart, so
 // that few channels do not wait for the latency of one addition after the other.
-template <typename T, int V, int P, bool HasX, bool HasMean, bool PerChannel>
+template <typename T, int V, int P, bool HasX, bool HasMean, bool PerChannel, bool HasGradInput>
 FF_INLINE void channel_sums_columns(const ChannelSums<T>& s, int64_t c) {
   using vector = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::lanes;
   vector weight[P][V] = {};
   vector bias[P][V] = {};
+  vector factor[V] = {};
+  if constexpr (HasGradInput) {
+    FF_UNROLL for (int v = 0; v < V; ++v) factor[v] = load(s.factor + c + v * L);
+  }
   int64_t t = 0;
   const auto add = [&](int64_t at, int p) __attribute__((always_inline)) {
     FF_UNROLL for (int v = 0; v < V; ++v) {
       const vector g = load(s.g + at * s.g_position + c + v * L);
       bias[p][v] += g;
+      if constexpr (HasGradInput) {
+        store(s.grad_input + at * s.g_position + c + v * L, g * factor[v]);
+      }
       if constexpr (HasX) {
         vector xhat = load(s.x + at * s.x_position + c + v * L);
         if constexpr (PerChannel) {
@@ -349,15 +356,15 @@ FF_INLINE void channel_sums_columns(const ChannelSums<T>& s, int64_t c) {
   }
 }
 
-template <typename T, bool HasX, bool HasMean, bool PerChannel>
+template <typename T, bool HasX, bool HasMean, bool PerChannel, bool HasGradInput = false>
 void channel_sums_last(const ChannelSums<T>& s) {
   constexpr int64_t L = Vector<T>::lanes;
   int64_t c = 0;
   for (; c + 4 * L <= s.channels; c += 4 * L) {
-    channel_sums_columns<T, 4, 1, HasX, HasMean, PerChannel>(s, c);
+    channel_sums_columns<T, 4, 1, HasX, HasMean, PerChannel, HasGradInput>(s, c);
   }
   for (; c + L <= s.channels; c += L) {
-    channel_sums_columns<T, 1, 4, HasX, HasMean, PerChannel>(s, c);
+    channel_sums_columns<T, 1, 4, HasX, HasMean, PerChannel, HasGradInput>(s, c);
   }
   for (; c < s.channels; ++c) {
     T weight = 0;
@@ -365,6 +372,7 @@ void channel_sums_last(const ChannelSums<T>& s) {
     for (int64_t t = 0; t < s.positions; ++t) {
       const T g = s.g[t * s.g_position + c];
       bias += g;
+      if constexpr (HasGradInput) s.grad_input[t * s.g_position + c] = g * s.factor[c];
       if constexpr (HasX) {
         T xhat = s.x[t * s.x_position + c];
         const int64_t at = PerChannel ? c : 0;
@@ -378,7 +386,7 @@ void channel_sums_last(const ChannelSums<T>& s) {
 }
 
 // Positions innermost, with a mean and a scale that do not change along them.
-template <typename T, bool HasX>
+template <typename T, bool HasX, bool HasGradInput = false>
 void channel_sums_first(const ChannelSums<T>& s) {
   using vector = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::lanes;
@@ -387,6 +395,8 @@ void channel_sums_first(const ChannelSums<T>& s) {
     const T* g = s.g + c * s.g_channel;
     const T* x = HasX ? s.x + c * s.x_channel : nullptr;
     const T mean = HasX && s.mean != nullptr ? s.mean[c * s.mean_channel] : T(0);
+    T* const grad_input = HasGradInput ? s.grad_input + c * s.g_channel : nullptr;
+    const T factor = HasGradInput ? s.factor[c] : T(0);
     vector weight[V] = {};
     vector bias[V] = {};
     int64_t t = 0;
@@ -394,6 +404,7 @@ void channel_sums_first(const ChannelSums<T>& s) {
       FF_UNROLL for (int v = 0; v < V; ++v) {
         const vector gv = load(g + t + v * L);
         bias[v] += gv;
+        if constexpr (HasGradInput) store(grad_input + t + v * L, gv * factor);
         if constexpr (HasX) weight[v] += gv * (load(x + t + v * L) - mean);
       }
     }
@@ -401,6 +412,7 @@ void channel_sums_first(const ChannelSums<T>& s) {
     T bias_rest = 0;
     for (; t < s.positions; ++t) {
       bias_rest += g[t];
+      if constexpr (HasGradInput) grad_input[t] = g[t] * factor;
       if constexpr (HasX) weight_rest += g[t] * (x[t] - mean);
     }
     if (s.bias != nullptr) {
@@ -419,8 +431,10 @@ void channel_sums_any(const ChannelSums<T>& s) {
     T weight = 0;
     T bias = 0;
     for (int64_t t = 0; t < s.positions; ++t) {
-      const T g = s.g[t * s.g_position + c * s.g_channel];
+      const int64_t at = t * s.g_position + c * s.g_channel;
+      const T g = s.g[at];
       bias += g;
+      if (s.grad_input != nullptr) s.grad_input[at] = g * s.factor[c];
       if (s.x != nullptr) {
         T xhat = s.x[t * s.x_position + c * s.x_channel];
         if (s.mean != nullptr) xhat -= s.mean[t * s.mean_position + c * s.mean_channel];
@@ -436,6 +450,19 @@ template <typename T>
 void channel_sums(const ChannelSums<T>& s) {
   const bool has_x = s.weight != nullptr;
   const bool has_mean = s.mean != nullptr;
+  if (s.grad_input != nullptr) {
+    // What a batch norm asks for; everything else goes the long way.
+    const bool all = has_x && has_mean;
+    if (all && s.g_channel == 1 && s.x_channel == 1 && s.scale_channel == 1 &&
+        s.mean_channel == 1) {
+      return channel_sums_last<T, true, true, true, true>(s);
+    }
+    if (all && s.g_position == 1 && s.x_position == 1 && s.scale_position == 0 &&
+        s.mean_position == 0) {
+      return channel_sums_first<T, true, true>(s);
+    }
+    return channel_sums_any(s);
+  }
   if (s.g_channel == 1 && !has_x) return channel_sums_last<T, false, false, false>(s);
   if (s.g_channel == 1 && s.x_channel == 1) {
     const bool per_channel = s.scale_channel == 1 && (!has_mean || s.mean_channel == 1);

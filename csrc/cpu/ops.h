@@ -16,7 +16,8 @@ void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector
                               int64_t groups, double alpha);
 void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tensor> bias,
                                Tensor grad, std::optional<Tensor> input, std::optional<Tensor> mean,
-                               std::optional<Tensor> scale, double alpha);
+                               std::optional<Tensor> scale, std::optional<Tensor> grad_input,
+                               std::optional<Tensor> factor, double alpha);
 void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t padding_index,
                                  double alpha);
 

@@ -30,6 +30,9 @@ class NormUse:
     features: int | None
     mean: Tensor | None = None
     scale: Tensor | None = None
+    #: Where mean and scale are constants: ``[C]``, the derivative of the output by the input.
+    factor: Tensor | None = None
+    _grad_input: Tensor | None = None
 
     def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
         """``[N, T, C]``, without a copy where the layout allows it."""
@@ -82,7 +85,29 @@ class NormUse:
             None if mean is None else as_dtype(mean, like),
             as_dtype(scale, like),
             alpha=alpha,
+            **self._passed_on(grad, like, samples),
         )
+
+    def _passed_on(self, grad: Tensor, like: Tensor, samples: SampleAxis) -> dict[str, Tensor]:
+        """What makes the kernel compute the input's gradient too, where it can."""
+        if self.factor is None or not self.factor.dtype == grad.dtype == like.dtype:
+            return {}
+        result = torch.empty_like(grad)
+        if result.stride() != grad.stride():
+            return {}
+        entries = self._positions(result, samples)
+        if entries.data_ptr() != result.data_ptr():
+            return {}
+        self._grad_input = result
+        return {"grad_input": entries, "factor": self.factor}
+
+    def grad_input(self, grad: Tensor) -> Tensor:
+        result, self._grad_input = self._grad_input, None
+        if result is None:
+            assert self.factor is not None
+            shape = (-1, *[1] * (grad.dim() - 2))
+            result = (grad * self.factor.reshape(shape)).to(grad.dtype)
+        return result
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         g, x, mean, scale = self._operands(grad, samples)
@@ -122,8 +147,14 @@ def _batch_norm(
     shape = (1, -1, *[1] * (x.dim() - 2))
     scale = torch.rsqrt(var + bound["eps"])
     use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
+    inputs = untracked(recorder, bound)
+    passing = None
+    if x.requires_grad and not any(value.requires_grad for value in inputs if value is not x):
+        weight = arguments[0]
+        use.factor = scale if weight is None else scale * weight
+        passing = x
     return recorder.record(
-        func, use, untracked(recorder, bound), lambda: torch.batch_norm(x, *arguments), saved=[x]
+        func, use, inputs, lambda: torch.batch_norm(x, *arguments), saved=[x], passing=passing
     )
 
 

@@ -313,12 +313,12 @@ class Recorder(TorchFunctionMode):
             saved: which of them ``use`` reads during backward; None is all.
             passing: the one input that requires grad, where ``use`` is a :class:`PassingUse`.
         """
-        names = tuple(view.name for view in use.views.values())
-        held = tuple((x, x._version) for x in (inputs if saved is None else saved))
-        site = Site(name_of(function), names, use, torch.Size(), held)
-        site.occurrence = self._occurrences[site.key[:2]]
-        site.source = not any(x.requires_grad for x in inputs)
-        self._occurrences[site.key[:2]] += 1
+        name, names = name_of(function), tuple([view.name for view in use.views.values()])
+        held = tuple([(x, x._version) for x in (inputs if saved is None else saved)])
+        occurrence = self._occurrences[name, names]
+        self._occurrences[name, names] = occurrence + 1
+        site = Site(name, names, use, torch.Size(), held, occurrence)
+        site.source = not any([x.requires_grad for x in inputs])
         if site.source and site.key in self.shared:
             raise _Shared
 
@@ -360,13 +360,19 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        # Most calls have no parameter; this runs once for every function of the forward pass.
+        tracked = self._tracked
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in tracked or isinstance(value, (list, tuple, dict)):
+                break
+        else:
+            return func(*args, **kwargs)
         views = list(self._views_in((*args, *kwargs.values())))
         if not views:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             self.without_grad.update(*(self.roots(view.name) for view in views))
             return func(*args, **kwargs)
-        name = name_of(func)
         rule = self.rules.get(func)
         if rule is not None:
             try:
@@ -375,6 +381,7 @@ class Recorder(TorchFunctionMode):
                 result = self._derive(func, args, kwargs, constant=True)
             if result is not NotImplemented:
                 return result
+        name = name_of(func)
         if name in _NO_GRADIENT_NAMES:
             return func(*args, **kwargs)
         if (name in _VIEW_NAMES or name in _VIEW_PROPERTIES) and self.view(args[0]) is not None:
@@ -404,6 +411,8 @@ class Recorder(TorchFunctionMode):
 
     def roots_of(self, site: Site) -> set[str]:
         """The parameters that a call reads, itself or through derived tensors."""
+        if not self.derived:
+            return set(site.names)
         return set().union(*(self.roots(name) for name in site.names))
 
     def groups(self) -> dict[str, str]:

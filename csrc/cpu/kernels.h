@@ -63,7 +63,9 @@ struct ChannelSums {
 template <typename T>
 struct Kernels {
   int64_t vector_lanes;
-  int64_t max_rows;  // rows of g that one packed panel holds at most
+  // Rows of g that one packed panel holds at most; more of them where the columns of each tile fit
+  // in one vector.
+  int64_t max_rows, max_rows_narrow;
   // dst[t * ld + r] = src[r * row_stride + t * position_stride], r < rows, t < positions. May write
   // whole vectors: up to 2 * vector_lanes elements from dst[(positions - 1) * ld] on.
   void (*pack)(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,

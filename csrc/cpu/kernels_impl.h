@@ -193,9 +193,11 @@ __attribute__((noinline)) void register_tile(const OuterTile<T>& tile, int64_t r
 
 // Rows that R x V accumulators leave room for, V being 1, 2 or 3 vectors of columns.
 constexpr int rows_for(int vectors) {
+  if (vectors == 1) return FF_MAX_ROWS > 8 ? 16 : 12;
   return vectors == 3 ? (FF_MAX_ROWS > 8 ? 8 : 4) : FF_MAX_ROWS;
 }
 constexpr int kept_rows_for(int vectors) {
+  if (vectors == 1) return rows_for(1) / 2;
   return vectors == 3 ? (FF_MAX_ROWS > 8 ? 4 : 2) : FF_MAX_ROWS / 2;
 }
 // Below this many positions a sample the tile of S stays in registers.
@@ -504,7 +506,7 @@ void add(T* sum, const T* value, int64_t count) {
 
 template <typename T>
 Kernels<T> make_kernels() {
-  return {Vector<T>::lanes,   FF_MAX_ROWS,      &pack<T>,        &outer_tile<T>,
+  return {Vector<T>::lanes,   rows_for(2),      rows_for(1),     &pack<T>, &outer_tile<T>,
           &depthwise_tile<T>, &channel_sums<T>, &add_squares<T>, &add<T>};
 }
 

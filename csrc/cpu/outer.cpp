@@ -2,9 +2,12 @@
 // with positions and for two-dimensional convolutions as implicit GEMM.
 //
 // A call goes over blocks of samples. A block is packed once (panels of g and x with the channels
-// innermost), then tiles of the output are computed in parallel; each tile loops over the samples
-// of the block. Tiles are split over samples only where there are few of them, by a rule that
-// knows the shape alone, so the result has the same bits for any number of threads.
+// innermost, but for what can be read where it is), then tiles of the output are computed; each
+// tile loops over the samples of the block.
+//
+// Where the output is small, threads share the samples: each packs and contracts its own, into
+// sums of its own. Where it is large they share its tiles. Which of the two, and into how many
+// parts, the shape alone decides, so the result has the same bits for any number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,14 +22,21 @@
 namespace fastfisher::cpu {
 namespace {
 
-// A block of packed samples should stay in the second-level cache of the cores that share it.
+// A block of packed samples should stay in the second-level cache: of the cores that share it, or
+// of one core.
 constexpr int64_t kBlockBytes = int64_t{1} << 20;
+constexpr int64_t kThreadBlockBytes = int64_t{1} << 19;
+// The sums of a part of the samples should stay there too.
+constexpr int64_t kPartialBytes = int64_t{1} << 16;
+// Enough parts that threads finish together; a constant, never the number of threads.
+constexpr int64_t kParts = 16;
+// Positions farther apart compete for the same sets of the first-level cache: not worth reading in
+// place. Measured with 64 channels of float32: half the speed.
+constexpr int64_t kInPlaceBytes = 128;
 // Elements that a short copy moves at once.
 constexpr int64_t kCopyElements = 4;
 // Lanes of the widest vector of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
-// Enough tasks that threads finish together; a constant, never the number of threads.
-constexpr int64_t kTasks = 48;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -83,84 +93,111 @@ struct Product {
   std::vector<int64_t> out_column;  // empty where the columns are contiguous in out
 };
 
+// Where a block of packed samples lies.
+template <typename T>
+struct Packed {
+  T* x;
+  T* g;
+};
+
 template <typename T>
 class Outer {
  public:
   Outer(const Problem& problem, const T* g, const T* x, T* out, T alpha)
       : p_(problem), k_(kernels().of<T>()), g_(g), x_(x), out_(out), alpha_(alpha) {
     depthwise_ = p_.groups > 1 && p_.rows == 1 && p_.columns == 1;
-    if (depthwise_) {
-      // The channels take the place of the groups: panels of channels, one row each.
-      groups_ = 1;
-      row_panel_ = 2 * k_.vector_lanes;
-      total_rows_ = p_.groups;
-    } else {
-      groups_ = p_.groups;
-      row_panel_ = ceil_div(p_.rows, ceil_div(p_.rows, k_.max_rows));
-      total_rows_ = p_.rows;
-    }
-    row_panels_ = ceil_div(total_rows_, row_panel_);
-    out_positions_ = p_.out_height * p_.out_width;
+    groups_ = depthwise_ ? 1 : p_.groups;
     plan_columns();
+    plan_rows();
+    out_elements_ = span_of_out();
   }
 
   void run() {
-    if (p_.samples == 0 || total_rows_ == 0 || out_positions_ == 0 || products_.empty()) return;
-    const int64_t per_sample = groups_ * (x_sample_ + g_sample_);
-    block_ = std::clamp<int64_t>(
-        kBlockBytes / int64_t(sizeof(T)) / std::max<int64_t>(per_sample, 1), 1, p_.samples);
-    // The panels of g and x of a depthwise product hold the same channels: it has one tile.
-    const int64_t tiles = int64_t(products_.size()) * (depthwise_ ? 1 : groups_ * row_panels_);
-    chunks_ = std::clamp<int64_t>(kTasks / tiles, 1, block_);
-    out_elements_ = span_of_out();
-    // A view of a much larger tensor is not worth a private copy per chunk.
+    if (p_.samples == 0 || total_rows_ == 0 || products_.empty()) return;
+    if (p_.out_height * p_.out_width == 0) return;
+    // A view of a much larger tensor is not worth private sums.
     const int64_t entries = p_.groups * p_.rows * p_.columns * p_.kernel_height * p_.kernel_width;
-    if (chunks_ == 1 || out_elements_ > 2 * entries) {
-      chunks_ = 1;
-      out_elements_ = 0;
-    }
-
-    // Whole vectors are read and written past the last panel.
-    const int64_t slack = 4 * k_.vector_lanes;
-    const int64_t x_elements = block_ * groups_ * x_sample_ + slack;
-    const int64_t g_elements = block_ * groups_ * g_sample_ + slack;
-    auto* memory = static_cast<T*>(
-        Workspace::get((x_elements + g_elements + chunks_ * out_elements_) * sizeof(T)));
-    x_packed_ = memory;
-    g_packed_ = memory + x_elements;
-    partial_ = g_packed_ + g_elements;
-    std::fill(x_packed_ + x_elements - slack, x_packed_ + x_elements, T(0));
-    std::fill(g_packed_ + g_elements - slack, g_packed_ + g_elements, T(0));
-
-    for (int64_t begin = 0; begin < p_.samples; begin += block_) {
-      const int64_t count = std::min(block_, p_.samples - begin);
-      torch::stable::parallel_for(0, count * groups_, 1, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) pack_sample(begin, i / groups_, i % groups_);
-      });
-      if (chunks_ > 1) std::fill(partial_, partial_ + chunks_ * out_elements_, T(0));
-      torch::stable::parallel_for(0, tiles * chunks_, 1, [&](int64_t from, int64_t to) {
-        // Chunk by chunk: a thread's share is then mostly of the samples that it packed.
-        for (int64_t i = from; i < to; ++i) compute(begin, i % tiles, i / tiles, count);
-      });
-      if (chunks_ > 1) add_partial();
+    if (p_.samples > 1 && out_elements_ <= 2 * entries &&
+        out_elements_ * int64_t(sizeof(T)) <= kPartialBytes) {
+      run_by_samples();
+    } else {
+      run_by_tiles();
     }
   }
 
  private:
+  int64_t tiles() const {
+    // The panels of g and x of a depthwise product hold the same channels: it has one tile.
+    return int64_t(products_.size()) * (depthwise_ ? 1 : groups_ * row_panels_);
+  }
+
+  void set_block(int64_t bytes, int64_t samples) {
+    const int64_t per_sample = groups_ * (x_bytes_ + g_bytes_);
+    block_ = std::clamp<int64_t>(bytes / std::max<int64_t>(per_sample, 1), 1, samples);
+  }
+
+  template <Scope scope>
+  Packed<T> buffers() const {
+    // Whole vectors are read and written past the last panel.
+    const int64_t slack = 4 * k_.vector_lanes;
+    const int64_t x_elements = block_ * groups_ * x_sample_ + slack;
+    const int64_t g_elements = block_ * groups_ * g_sample_ + slack;
+    T* const memory = static_cast<T*>(Workspace::get<scope>((x_elements + g_elements) * sizeof(T)));
+    std::fill(memory + x_elements - slack, memory + x_elements, T(0));
+    std::fill(memory + x_elements + g_elements - slack, memory + x_elements + g_elements, T(0));
+    return {memory, memory + x_elements};
+  }
+
+  void run_by_tiles() {
+    set_block(kBlockBytes, p_.samples);
+    const Packed<T> packed = buffers<Scope::kCall>();
+    for (int64_t begin = 0; begin < p_.samples; begin += block_) {
+      const int64_t count = std::min(block_, p_.samples - begin);
+      torch::stable::parallel_for(0, count * groups_, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) pack_sample(packed, begin, i / groups_, i % groups_);
+      });
+      torch::stable::parallel_for(0, tiles(), 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) compute(packed, begin, count, i, out_, alpha_);
+      });
+    }
+  }
+
+  void run_by_samples() {
+    const int64_t parts = std::min(kParts, p_.samples);
+    set_block(kThreadBlockBytes, ceil_div(p_.samples, parts));
+    T* const partial =
+        static_cast<T*>(Workspace::get<Scope::kCall>(parts * out_elements_ * sizeof(T)));
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
+      const Packed<T> packed = buffers<Scope::kThread>();
+      for (int64_t part = from; part < to; ++part) {
+        T* const out = partial + part * out_elements_;
+        std::fill(out, out + out_elements_, T(0));
+        const int64_t end = p_.samples * (part + 1) / parts;
+        for (int64_t begin = p_.samples * part / parts; begin < end; begin += block_) {
+          const int64_t count = std::min(block_, end - begin);
+          for (int64_t i = 0; i < count * groups_; ++i) {
+            pack_sample(packed, begin, i / groups_, i % groups_);
+          }
+          for (int64_t i = 0; i < tiles(); ++i) compute(packed, begin, count, i, out, T(1));
+        }
+      }
+    });
+    add_partial(partial, parts);
+  }
+
   void plan_columns() {
     const int64_t lanes = k_.vector_lanes;
     const int64_t channels = depthwise_ ? p_.groups : p_.columns;
     const int64_t whole = 2 * lanes;
-    x_sample_ = 0;
     for (int64_t c = 0; c < channels; c += whole) {
       Panel panel{};
       panel.first_channel = c;
       panel.channels = std::min(whole, channels - c);
       const bool window = p_.kernel_width > 1 && p_.dilation_w == 1;
-      if (depthwise_ || panel.channels == whole) {
+      if (depthwise_ || panel.channels == whole || readable_in_place(panel.channels)) {
         panel.layout = Layout::kTap;
       } else if (p_.kernel_height * p_.kernel_width > 1 &&
-                 (!window || p_.kernel_width * panel.channels < lanes)) {
+                 (!window || 2 * p_.kernel_width * panel.channels <= lanes)) {
         panel.layout = Layout::kUnrolled;
       } else {
         panel.layout = window ? Layout::kWindow : Layout::kTap;
@@ -183,17 +220,39 @@ class Outer {
       }
       panel.offset = x_sample_;
       x_sample_ += panel.sample;
+      x_bytes_ += sizeof(T) * std::max(panel.sample, p_.height * p_.width * panel.channels);
       panels_.push_back(panel);
     }
-    g_sample_ = row_panels_ * row_panel_ * out_positions_;
     for (int64_t i = 0; i < int64_t(panels_.size()); ++i) plan_products(i);
   }
 
-  // Whether x lies in memory as its packed panel would. With more channels than one panel it could
-  // be read in place too, but positions far apart compete for the same cache sets: measured at half
-  // the speed for 64 channels.
+  // Whether x lies in memory as its packed panel would.
   bool readable_in_place(int64_t channels) const {
-    return p_.x_stride[1] == 1 && p_.x_stride[3] == channels && channels % k_.vector_lanes == 0;
+    return !depthwise_ && p_.x_stride[1] == 1 && p_.x_stride[3] == channels &&
+           channels % k_.vector_lanes == 0 && channels * int64_t(sizeof(T)) <= kInPlaceBytes;
+  }
+
+  void plan_rows() {
+    const int64_t positions = p_.out_height * p_.out_width;
+    total_rows_ = depthwise_ ? p_.groups : p_.rows;
+    g_bytes_ = total_rows_ * positions * int64_t(sizeof(T));
+    g_in_place_ = !depthwise_ && p_.g_stride[1] == 1 && p_.g_stride[3] > 0 &&
+                  p_.g_stride[3] * int64_t(sizeof(T)) <= kInPlaceBytes;
+    if (g_in_place_) {
+      row_panel_ = total_rows_;
+    } else if (depthwise_) {
+      // The channels take the place of the groups: panels of channels, one row each.
+      row_panel_ = 2 * k_.vector_lanes;
+    } else {
+      bool narrow = true;
+      for (const Product& product : products_) {
+        narrow = narrow && product.columns <= k_.vector_lanes;
+      }
+      const int64_t most = narrow ? k_.max_rows_narrow : k_.max_rows;
+      row_panel_ = ceil_div(p_.rows, ceil_div(p_.rows, most));
+    }
+    row_panels_ = ceil_div(total_rows_, row_panel_);
+    g_sample_ = g_in_place_ ? 0 : row_panels_ * row_panel_ * positions;
   }
 
   void plan_products(int64_t index) {
@@ -272,18 +331,18 @@ class Outer {
            (p_.kernel_height - 1) * p_.out_stride[2] + (p_.kernel_width - 1) * p_.out_stride[3];
   }
 
-  void pack_sample(int64_t begin, int64_t n, int64_t group) {
+  void pack_sample(const Packed<T>& packed, int64_t begin, int64_t n, int64_t group) const {
     const T* g = g_ + (begin + n) * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
-    T* g_to = g_packed_ + group * block_ * g_sample_;
-    for (int64_t panel = 0; panel < row_panels_; ++panel) {
+    T* g_to = packed.g + group * block_ * g_sample_;
+    for (int64_t panel = 0; panel < row_panels_ && !g_in_place_; ++panel) {
       const int64_t first = panel * row_panel_;
       const int64_t rows = std::min(row_panel_, total_rows_ - first);
-      T* to = g_to + (panel * block_ + n) * row_panel_ * out_positions_;
+      T* to = g_to + (panel * block_ + n) * row_panel_ * p_.out_height * p_.out_width;
       pack_plane(to, row_panel_, g + first * p_.g_stride[1], p_.g_stride, rows, p_.out_height,
                  p_.out_width, p_.out_width * row_panel_);
     }
     const T* x = x_ + (begin + n) * p_.x_stride[0] + group * p_.columns * p_.x_stride[1];
-    T* x_to = x_packed_ + group * block_ * x_sample_;
+    T* x_to = packed.x + group * block_ * x_sample_;
     for (const Panel& panel : panels_) {
       if (panel.in_place) continue;
       T* to = x_to + panel.offset * block_ + n * panel.sample;
@@ -389,54 +448,59 @@ class Outer {
     }
   }
 
-  void compute(int64_t begin, int64_t tile_index, int64_t chunk, int64_t count) {
+  // One tile of the sums over `count` packed samples, added to `out`.
+  void compute(const Packed<T>& packed, int64_t begin, int64_t count, int64_t tile_index, T* out,
+               T alpha) const {
     const int64_t row_panels = depthwise_ ? 1 : row_panels_;
     const int64_t rest = tile_index / row_panels;
     const Product& product = products_[rest % int64_t(products_.size())];
     const int64_t group = rest / int64_t(products_.size());
     const int64_t row_panel = depthwise_ ? product.panel : tile_index % row_panels;
-    const int64_t from = count * chunk / chunks_;
-    const int64_t to = count * (chunk + 1) / chunks_;
-    if (from == to) return;
     const Panel& panel = panels_[product.panel];
     const int64_t first_row = row_panel * row_panel_;
 
-    const int64_t g_position = row_panel_;
-    const int64_t g_line = p_.out_width * g_position;
-    const int64_t g_sample = p_.out_height * g_line;
-    const T* g = g_packed_ + group * block_ * g_sample_ + (row_panel * block_ + from) * g_sample +
-                 product.lines.begin * g_line + product.positions.begin * g_position;
+    const T* g;
+    int64_t g_sample, g_line, g_position;
+    if (g_in_place_) {
+      g = g_ + begin * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
+      g_sample = p_.g_stride[0];
+      g_line = p_.g_stride[2];
+      g_position = p_.g_stride[3];
+    } else {
+      g_position = row_panel_;
+      g_line = p_.out_width * g_position;
+      g_sample = p_.out_height * g_line;
+      g = packed.g + group * block_ * g_sample_ + row_panel * block_ * g_sample;
+    }
+    g += product.lines.begin * g_line + product.positions.begin * g_position;
     const T* x;
     int64_t x_sample;
     if (panel.in_place) {
-      x = x_ + (begin + from) * p_.x_stride[0] +
-          (group * p_.columns + panel.first_channel) * p_.x_stride[1];
+      x = x_ + begin * p_.x_stride[0] + (group * p_.columns + panel.first_channel) * p_.x_stride[1];
       x_sample = p_.x_stride[0];
     } else {
-      x = x_packed_ + group * block_ * x_sample_ + panel.offset * block_ + from * panel.sample;
+      x = packed.x + group * block_ * x_sample_ + panel.offset * block_;
       x_sample = panel.sample;
     }
     x += product.x_offset;
-    T* out = chunks_ > 1 ? partial_ + chunk * out_elements_ : out_;
     out += product.out_offset + (group * p_.rows + first_row) * p_.out_stride[0];
-    const T alpha = chunks_ > 1 ? T(1) : alpha_;
     const int64_t lines = product.lines.end - product.lines.begin;
     const int64_t positions = product.positions.end - product.positions.begin;
     const int64_t rows = std::min(row_panel_, total_rows_ - first_row);
     if (depthwise_) {
       k_.depthwise_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line,
-                         product.x_position, to - from, lines, positions, rows, out,
-                         p_.out_stride[0], alpha});
+                         product.x_position, count, lines, positions, rows, out, p_.out_stride[0],
+                         alpha});
       return;
     }
     k_.outer_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line, product.x_position,
-                   to - from, lines, positions, rows, product.columns, out, p_.out_stride[0],
+                   count, lines, positions, rows, product.columns, out, p_.out_stride[0],
                    product.out_column.empty() ? nullptr : product.out_column.data(), alpha});
   }
 
   // Entries of out that no product touches stay zero in the partial sums, and gaps between the
   // strides of out are never written.
-  void add_partial() {
+  void add_partial(const T* partial, int64_t parts) const {
     const int64_t rows = p_.groups * p_.rows;
     torch::stable::parallel_for(0, rows, ceil_div(rows, 16), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
@@ -447,7 +511,7 @@ class Outer {
             for (int64_t c = 0; c < p_.columns; ++c) {
               const int64_t at = base + c * p_.out_stride[1];
               T sum = 0;
-              for (int64_t q = 0; q < chunks_; ++q) sum += partial_[q * out_elements_ + at];
+              for (int64_t q = 0; q < parts; ++q) sum += partial[q * out_elements_ + at];
               out_[at] += alpha_ * sum;
             }
           }
@@ -463,13 +527,13 @@ class Outer {
   T* out_;
   T alpha_;
   bool depthwise_ = false;
-  int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0, out_positions_ = 0;
-  int64_t x_sample_ = 0, g_sample_ = 0, block_ = 1, chunks_ = 1, out_elements_ = 0;
+  bool g_in_place_ = false;
+  int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0;
+  // Elements that one group of one sample takes when packed, and the bytes that it is read from.
+  int64_t x_sample_ = 0, g_sample_ = 0, x_bytes_ = 0, g_bytes_ = 0;
+  int64_t block_ = 1, out_elements_ = 0;
   std::vector<Panel> panels_;
   std::vector<Product> products_;
-  T* x_packed_ = nullptr;
-  T* g_packed_ = nullptr;
-  T* partial_ = nullptr;
 };
 
 template <typename T>

@@ -1,4 +1,4 @@
-// A buffer that grows and is kept by the calling thread, so that a call per layer does not ask the
+// Buffers that grow and are kept by the calling thread, so that a call per layer does not ask the
 // system for fresh pages each time.
 #pragma once
 
@@ -9,9 +9,15 @@
 
 namespace fastfisher::cpu {
 
+// What a call shares among its threads, and what a thread uses for its own part of the work: the
+// thread that calls does both.
+enum class Scope { kCall, kThread };
+
 class Workspace {
  public:
-  // `bytes` of memory, aligned to a cache line, valid until the next call on this thread.
+  // `bytes` of memory, aligned to a cache line, valid until the next call for this scope on this
+  // thread.
+  template <Scope scope = Scope::kCall>
   static void* get(size_t bytes) {
     thread_local Workspace workspace;
     if (bytes > workspace.bytes_) {

@@ -120,42 +120,32 @@ class NormUse:
         return None
 
 
-def _batch_norm(
-    recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    bound = bind(
-        args,
-        kwargs,
-        (
-            "input",
-            "weight",
-            "bias",
-            "running_mean",
-            "running_var",
-            "training",
-            "momentum",
-            "eps",
-            "cudnn_enabled",
-        ),
-        {},
-    )
-    views = parameter_views(recorder, bound, ("weight", "bias"))
-    x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
-    if views is None or bound["training"] or mean is None or x.dim() < 2:
-        return NotImplemented
-    arguments = [plain(recorder, value) for value in bound.values()][1:]
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    scale = torch.rsqrt(var + bound["eps"])
-    use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
-    inputs = untracked(recorder, bound)
-    passing = None
-    if x.requires_grad and not any(value.requires_grad for value in inputs if value is not x):
-        weight = arguments[0]
-        use.factor = scale if weight is None else scale * weight
-        passing = x
-    return recorder.record(
-        func, use, inputs, lambda: torch.batch_norm(x, *arguments), saved=[x], passing=passing
-    )
+def _batch_norm(*names: str) -> Rule:
+    def rule(
+        recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        bound = bind(args, kwargs, names, _BATCH_NORM_DEFAULTS)
+        views = parameter_views(recorder, bound, ("weight", "bias"))
+        x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
+        if views is None or bound["training"] or mean is None or x.dim() < 2:
+            return NotImplemented
+        weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
+        eps, enabled = bound["eps"], bound["cudnn_enabled"]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = torch.rsqrt(var + eps)
+        use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
+        inputs = untracked(recorder, bound)
+        passing = None
+        if x.requires_grad and not any([v.requires_grad for v in inputs if v is not x]):
+            use.factor = scale if weight is None else scale * weight
+            passing = x
+
+        def compute() -> Tensor:
+            return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, enabled)
+
+        return recorder.record(func, use, inputs, compute, saved=[x], passing=passing)
+
+    return rule
 
 
 def _layer_norm(
@@ -276,9 +266,23 @@ def _instance_norm(
     )
 
 
+_BATCH_NORM_DEFAULTS = {
+    "weight": None,
+    "bias": None,
+    "training": False,
+    "momentum": 0.1,
+    "eps": 1e-5,
+    "cudnn_enabled": True,
+}
+_STATISTICS, _WEIGHTS = ("running_mean", "running_var"), ("weight", "bias")
+_OPTIONS = ("training", "momentum", "eps")
+
+# Those of torch.nn.functional would be expanded into the others; they are called often.
 RULES: dict[Function, Rule] = {
-    torch.batch_norm: _batch_norm,
+    torch.batch_norm: _batch_norm("input", *_WEIGHTS, *_STATISTICS, *_OPTIONS, "cudnn_enabled"),
+    torch.nn.functional.batch_norm: _batch_norm("input", *_STATISTICS, *_WEIGHTS, *_OPTIONS),
     torch.layer_norm: _layer_norm,
+    torch.nn.functional.layer_norm: _layer_norm,
     torch.group_norm: _group_norm,
     torch.rms_norm: _rms_norm,
     torch.instance_norm: _instance_norm,

@@ -153,9 +153,9 @@ FF_INLINE void flush_row(const OuterTile<T>& tile, int64_t row, int64_t column,
 }
 
 // R rows and V vectors of columns of one sample's gradient are held in registers over its
-// positions. The tile of S is held in registers too (KeepSum) where a sample has so few positions
-// that loading and storing it once a sample would cost as much as the arithmetic.
-template <typename T, int R, int V, bool KeepSum>
+// positions, the tile of S on the stack. Half as many rows with S in registers too were slower
+// for as few as two positions a sample.
+template <typename T, int R, int V>
 __attribute__((noinline)) void register_tile(const OuterTile<T>& tile, int64_t row,
                                              int64_t column) {
   using vector = typename Vector<T>::type;
@@ -180,10 +180,8 @@ __attribute__((noinline)) void register_tile(const OuterTile<T>& tile, int64_t r
         x += x_position;
       }
     }
-    if constexpr (!KeepSum) {
-      // Keeps the compiler from holding `sum` in registers, where it would spill `gradient`.
-      asm volatile("" : : "r"(&sum[0][0]) : "memory");
-    }
+    // Keeps the compiler from holding `sum` in registers, where it would spill `gradient`.
+    asm volatile("" : : "r"(&sum[0][0]) : "memory");
     FF_UNROLL for (int r = 0; r < R; ++r) {
       FF_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += gradient[r][v] * gradient[r][v];
     }
@@ -196,65 +194,47 @@ constexpr int rows_for(int vectors) {
   if (vectors == 1) return FF_MAX_ROWS > 8 ? 16 : 12;
   return vectors == 3 ? (FF_MAX_ROWS > 8 ? 8 : 4) : FF_MAX_ROWS;
 }
-constexpr int kept_rows_for(int vectors) {
-  if (vectors == 1) return rows_for(1) / 2;
-  return vectors == 3 ? (FF_MAX_ROWS > 8 ? 4 : 2) : FF_MAX_ROWS / 2;
-}
-// Below this many positions a sample the tile of S stays in registers.
-constexpr int64_t kKeepSumPositions = 12;
 
 template <typename T>
 using RegisterTile = void (*)(const OuterTile<T>&, int64_t, int64_t);
 
-template <typename T, int V, bool KeepSum, int R = 1>
+template <typename T, int V, int R = 1>
 RegisterTile<T> find_register_tile(int64_t rows) {
-  constexpr int most = KeepSum ? kept_rows_for(V) : rows_for(V);
-  if constexpr (R > most) {
+  if constexpr (R > rows_for(V)) {
     return nullptr;
   } else {
-    return rows == R ? &register_tile<T, R, V, KeepSum>
-                     : find_register_tile<T, V, KeepSum, R + 1>(rows);
+    return rows == R ? &register_tile<T, R, V> : find_register_tile<T, V, R + 1>(rows);
   }
 }
 
-template <typename T, int V, bool KeepSum>
+template <typename T, int V>
 void tile_columns(const OuterTile<T>& tile, int64_t column) {
-  constexpr int64_t most = KeepSum ? kept_rows_for(V) : rows_for(V);
-  const int64_t parts = (tile.rows + most - 1) / most;
+  const int64_t parts = (tile.rows + rows_for(V) - 1) / rows_for(V);
   int64_t row = 0;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t rows = (tile.rows - row + parts - part - 1) / (parts - part);
-    find_register_tile<T, V, KeepSum>(rows)(tile, row, column);
+    find_register_tile<T, V>(rows)(tile, row, column);
     row += rows;
-  }
-}
-
-template <typename T, bool KeepSum>
-void tile_all_columns(const OuterTile<T>& tile) {
-  constexpr int64_t L = Vector<T>::lanes;
-  int64_t vectors = (tile.columns + L - 1) / L;
-  int64_t column = 0;
-  while (vectors > 0) {
-    if (vectors == 1) {
-      tile_columns<T, 1, KeepSum>(tile, column);
-      return;
-    }
-    if (vectors == 3) {
-      tile_columns<T, 3, KeepSum>(tile, column);
-      return;
-    }
-    tile_columns<T, 2, KeepSum>(tile, column);
-    vectors -= 2;
-    column += 2 * L;
   }
 }
 
 template <typename T>
 void outer_tile(const OuterTile<T>& tile) {
-  if (tile.lines * tile.positions <= kKeepSumPositions) {
-    tile_all_columns<T, true>(tile);
-  } else {
-    tile_all_columns<T, false>(tile);
+  constexpr int64_t L = Vector<T>::lanes;
+  int64_t vectors = (tile.columns + L - 1) / L;
+  int64_t column = 0;
+  while (vectors > 0) {
+    if (vectors == 1) {
+      tile_columns<T, 1>(tile, column);
+      return;
+    }
+    if (vectors == 3) {
+      tile_columns<T, 3>(tile, column);
+      return;
+    }
+    tile_columns<T, 2>(tile, column);
+    vectors -= 2;
+    column += 2 * L;
   }
 }
 

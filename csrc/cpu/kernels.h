@@ -67,9 +67,10 @@ struct Kernels {
   // in one vector.
   int64_t max_rows, max_rows_narrow;
   // dst[t * ld + r] = src[r * row_stride + t * position_stride], r < rows, t < positions. May write
-  // whole vectors: up to 2 * vector_lanes elements from dst[(positions - 1) * ld] on.
+  // whole vectors: up to 2 * vector_lanes elements from dst[(positions - 1) * ld] on. `following`
+  // more positions are there in src, and are packed by later calls.
   void (*pack)(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,
-               int64_t rows, int64_t positions);
+               int64_t rows, int64_t positions, int64_t following);
   void (*outer_tile)(const OuterTile<T>&);
   void (*depthwise_tile)(const DepthwiseTile<T>&);
   void (*channel_sums)(const ChannelSums<T>&);

@@ -77,7 +77,7 @@ void pack_scalar(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t p
 
 template <typename T>
 void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,
-          int64_t rows, int64_t positions) {
+          int64_t rows, int64_t positions, int64_t following) {
   constexpr int L = Vector<T>::lanes;
   if (row_stride == 1 && ld == rows && position_stride == rows) {
     __builtin_memcpy(dst, src, positions * rows * sizeof(T));
@@ -87,7 +87,8 @@ void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position
     // Whole vectors, but for the last positions, where they would reach past the end of src or dst.
     const int64_t width = rows > L ? 2 * L : L;
     const int64_t step = position_stride < ld ? position_stride : ld;
-    const int64_t exact = step > 0 ? (width - rows + step - 1) / step : positions;
+    int64_t exact = step > 0 ? (width - rows + step - 1) / step : positions;
+    if (step > 0) exact = exact > following ? exact - following : 0;
     int64_t t = 0;
     for (; t < positions - exact; ++t) {
       const T* from = src + t * position_stride;
@@ -164,6 +165,14 @@ __attribute__((noinline)) void register_tile(const OuterTile<T>& tile, int64_t r
   const T* const x_begin = tile.x + column;
   const int64_t g_position = tile.g_position;
   const int64_t x_position = tile.x_position;
+  if (tile.out_column == nullptr) {
+    // The tile of out is needed when the sums are done; it should be near by then.
+    FF_UNROLL for (int r = 0; r < R; ++r) {
+      FF_UNROLL for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(tile.out + (row + r) * tile.out_row + column + v * L, 1);
+      }
+    }
+  }
   vector sum[R][V] = {};
   for (int64_t n = 0; n < tile.samples; ++n) {
     vector gradient[R][V] = {};

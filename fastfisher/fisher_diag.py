@@ -181,7 +181,7 @@ def fisher_diag(
     expand = functools.partial(objectives, kind, resolved, samples=samples, generator=generator)
     chosen = _chosen_parameters(model, parameters)
     run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss))
-    with _left_as_found(model), torch.enable_grad():
+    with _left_as_found(model, run.buffers), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
             run.add_batch(inputs, targets)
     return run.finish(kind, reduction)
@@ -218,11 +218,11 @@ def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 
 @contextlib.contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
+def _left_as_found(model: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None]:
     """Eval mode inside; afterwards modes, buffers and gradients are what they were."""
     training = [module for module in model.modules() if module.training]
     grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    saved = [(b, b._version, b.detach().clone()) for b in buffers]
     try:
         if training:
             model.eval()
@@ -235,7 +235,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         for parameter, grad in grads:
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, version, value in buffers:
+            for buffer, version, value in saved:
                 if buffer._version != version:
                     buffer.copy_(value)
 
@@ -316,6 +316,7 @@ class _Pass:
         # one of them would hide that the backward pass must start at a site.
         self.tracked = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.versions = {name: p._version for name, p in self.tracked.items()}
+        self.buffers = list(self.model.buffers())
 
     # -- a batch -----------------------------------------------------------------------------
 
@@ -407,12 +408,16 @@ class _Pass:
         if name not in self.sums:
             parameter = self.chosen[name]
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            self.sums[name] = torch.empty(
-                parameter.shape,
-                dtype=dtype,
-                device=parameter.device,
-                memory_format=memory_format or torch.contiguous_format,
-            ).zero_()
+            if memory_format is None:
+                sums = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            else:
+                sums = torch.empty(
+                    parameter.shape,
+                    dtype=dtype,
+                    device=parameter.device,
+                    memory_format=memory_format,
+                ).zero_()
+            self.sums[name] = sums
         return self.sums[name]
 
     def leaves(self, recorder: Recorder, inputs: Any) -> list[Tensor]:
@@ -428,7 +433,7 @@ class _Pass:
         shared: frozenset[tuple[str, tuple[str, ...], int]],
     ) -> Recorder:
         """What observes one forward pass."""
-        return Recorder(self.tracked, RULES, on_grad, list(self.model.buffers()), shared)
+        return Recorder(self.tracked, RULES, on_grad, self.buffers, shared)
 
     # -- the probe ---------------------------------------------------------------------------
 
@@ -678,12 +683,13 @@ class _Batch:
 
     @torch.no_grad()
     def _on_grad(self, site: Site, grad: Tensor) -> None:
-        if not any(self._is_wanted(name) for name in self.recorder.roots_of(site)):
+        roots = self.recorder.roots_of(site) if self.recorder.derived else site.names
+        if not any([self._is_wanted(name) for name in roots]):
             return
         site.check_saved()
         alone = {}
         for slot, view in site.use.views.items():
-            group = self._group(view.name)
+            group = self._groups.get(view.name, view.name)
             if self._uses[group] > 1 or view.name in self._groups:
                 self._pending[group].append((site, slot, grad))
                 if len(self._pending[group]) == self._uses[group]:
@@ -696,10 +702,12 @@ class _Batch:
             # The convolution kernels write rows of channels.
             last = not view.steps and len(view.shape) == 4 and site.function == "conv2d"
             total = self.run.sum_of(name, torch.channels_last if last else None)
-            out = view.replay(total)
-            if out.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
-                self.reasons[name] = f"{site.function}: used through a view that copies"
-                continue
+            out = total
+            if view.steps:
+                out = view.replay(total)
+                if out.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
+                    self.reasons[name] = f"{site.function}: used through a view that copies"
+                    continue
             outs[slot] = out
             self._finished(name, site.function)
         if outs:

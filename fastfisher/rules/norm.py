@@ -20,8 +20,8 @@ class NormUse:
     """``output = (input - mean) * scale * weight + bias``.
 
     ``features`` is the number of trailing axes that weight covers (layer norm), or None where
-    weight covers axis 1 (batch and group norm). ``mean`` and ``scale`` broadcast to the input;
-    where the forward pass computes them they are filled in by it.
+    weight covers axis 1 (batch and group norm). ``mean`` and ``scale`` broadcast to the input, or
+    are ``[C]``; where the forward pass computes them they are filled in by it.
     """
 
     views: Mapping[str, View]
@@ -47,8 +47,8 @@ class NormUse:
         return samples.split(tensor).reshape(samples.count, -1, width)
 
     def _statistic(self, value: Tensor | None, samples: SampleAxis) -> Tensor | None:
-        if value is None:
-            return None
+        if value is None or value.dim() == 1:
+            return value
         if self.features is not None:
             # One number a position.
             return samples.split(value).reshape(samples.count, -1, 1)
@@ -131,9 +131,8 @@ def _batch_norm(*names: str) -> Rule:
             return NotImplemented
         weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
         eps, enabled = bound["eps"], bound["cudnn_enabled"]
-        shape = (1, -1, *[1] * (x.dim() - 2))
         scale = torch.rsqrt(var + eps)
-        use = NormUse(views, (0,), x, None, mean.reshape(shape), scale.reshape(shape))
+        use = NormUse(views, (0,), x, None, mean, scale)
         inputs = untracked(recorder, bound)
         passing = None
         if x.requires_grad and not any([v.requires_grad for v in inputs if v is not x]):

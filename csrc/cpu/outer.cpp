@@ -38,6 +38,9 @@ constexpr int64_t kInPlaceBytes = 128;
 // Positions packed at once where panels share cache lines; fewer than the ways of a first-level
 // cache.
 constexpr int64_t kPositionsAcross = 8;
+// Panels packed at once: few, so that threads share the work, and more than one for those that
+// share cache lines.
+constexpr int64_t kPanelsAtOnce = 8;
 // Elements that a short copy moves at once.
 constexpr int64_t kCopyElements = 4;
 // Lanes of the widest vector of the widest instruction set.
@@ -159,8 +162,8 @@ class Outer {
     const Packed<T> packed = buffers<Scope::kCall>();
     for (int64_t begin = 0; begin < p_.samples; begin += block_) {
       const int64_t count = std::min(block_, p_.samples - begin);
-      torch::stable::parallel_for(0, count * groups_, 1, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) pack_sample(packed, begin, i / groups_, i % groups_);
+      torch::stable::parallel_for(0, count * groups_ * pieces(), 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) pack(packed, begin, i);
       });
       torch::stable::parallel_for(0, tiles(), 1, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) compute(packed, begin, count, i, out_, alpha_);
@@ -181,9 +184,7 @@ class Outer {
         const int64_t end = p_.samples * (part + 1) / parts;
         for (int64_t begin = p_.samples * part / parts; begin < end; begin += block_) {
           const int64_t count = std::min(block_, end - begin);
-          for (int64_t i = 0; i < count * groups_; ++i) {
-            pack_sample(packed, begin, i / groups_, i % groups_);
-          }
+          for (int64_t i = 0; i < count * groups_ * pieces(); ++i) pack(packed, begin, i);
           for (int64_t i = 0; i < tiles(); ++i) compute(packed, begin, count, i, out, T(1));
         }
       }
@@ -337,46 +338,70 @@ class Outer {
            (p_.kernel_height - 1) * p_.out_stride[2] + (p_.kernel_width - 1) * p_.out_stride[3];
   }
 
-  void pack_sample(const Packed<T>& packed, int64_t begin, int64_t n, int64_t group) const {
-    const T* g = g_ + (begin + n) * p_.g_stride[0] + group * p_.rows * p_.g_stride[1];
-    T* g_to = packed.g + group * block_ * g_sample_;
-    const int64_t g_sample = row_panel_ * p_.out_height * p_.out_width;
-    int64_t panels_done = g_in_place_ ? row_panels_ : 0;
-    if (p_.g_stride[1] == 1 && !g_in_place_) {
-      pack_across(g_to + n * g_sample, block_ * g_sample, row_panel_, g, p_.g_stride, total_rows_,
-                  p_.out_height, p_.out_width);
-      panels_done = row_panels_;
+  // The panels of one group of one sample are packed a few at a time, the rows first.
+  int64_t row_pieces() const { return g_in_place_ ? 0 : ceil_div(row_panels_, kPanelsAtOnce); }
+  int64_t pieces() const { return row_pieces() + ceil_div(int64_t(panels_.size()), kPanelsAtOnce); }
+
+  // Packs piece i % pieces() of the rest's group of the rest's sample.
+  void pack(const Packed<T>& packed, int64_t begin, int64_t i) const {
+    const int64_t n = i / pieces() / groups_;
+    const int64_t group = i / pieces() % groups_;
+    const int64_t piece = i % pieces();
+    if (piece < row_pieces()) {
+      pack_rows(packed, begin, n, group, piece * kPanelsAtOnce,
+                std::min(row_panels_, (piece + 1) * kPanelsAtOnce));
+    } else {
+      const int64_t first = (piece - row_pieces()) * kPanelsAtOnce;
+      pack_columns(packed, begin, n, group, first,
+                   std::min(int64_t(panels_.size()), first + kPanelsAtOnce));
     }
-    for (int64_t panel = panels_done; panel < row_panels_; ++panel) {
-      const int64_t first = panel * row_panel_;
-      const int64_t rows = std::min(row_panel_, total_rows_ - first);
-      T* to = g_to + (panel * block_ + n) * g_sample;
-      pack_plane(to, row_panel_, g + first * p_.g_stride[1], p_.g_stride, rows, p_.out_height,
-                 p_.out_width, p_.out_width * row_panel_);
+  }
+
+  void pack_rows(const Packed<T>& packed, int64_t begin, int64_t n, int64_t group, int64_t from,
+                 int64_t to) const {
+    const int64_t sample = row_panel_ * p_.out_height * p_.out_width;
+    const int64_t row = from * row_panel_;
+    const int64_t rows = std::min(to * row_panel_, total_rows_) - row;
+    const T* g = g_ + (begin + n) * p_.g_stride[0] + (group * p_.rows + row) * p_.g_stride[1];
+    T* target = packed.g + group * block_ * g_sample_ + (from * block_ + n) * sample;
+    if (p_.g_stride[1] == 1) {
+      pack_across(target, block_ * sample, row_panel_, g, p_.g_stride, rows, p_.out_height,
+                  p_.out_width);
+      return;
     }
+    for (int64_t r = 0; r < rows; r += row_panel_, target += block_ * sample) {
+      pack_plane(target, row_panel_, g + r * p_.g_stride[1], p_.g_stride,
+                 std::min(row_panel_, rows - r), p_.out_height, p_.out_width,
+                 p_.out_width * row_panel_);
+    }
+  }
+
+  void pack_columns(const Packed<T>& packed, int64_t begin, int64_t n, int64_t group, int64_t from,
+                    int64_t to) const {
     const T* x = x_ + (begin + n) * p_.x_stride[0] + group * p_.columns * p_.x_stride[1];
-    T* x_to = packed.x + group * block_ * x_sample_;
-    const int64_t whole = 2 * k_.vector_lanes;
-    const int64_t across = p_.x_stride[1] == 1 && !panels_[0].in_place
-                               ? (depthwise_ ? p_.groups : p_.columns) / whole
-                               : 0;
-    if (across > 0) {
-      const int64_t x_sample = whole * p_.height * p_.width;
-      pack_across(x_to + n * x_sample, block_ * x_sample, whole, x, p_.x_stride, across * whole,
-                  p_.height, p_.width);
+    T* const target = packed.x + group * block_ * x_sample_;
+    const int64_t width = 2 * k_.vector_lanes;
+    if (p_.x_stride[1] == 1 && panels_[from].channels == width && !panels_[from].in_place) {
+      // Only the last panel of all may be narrower.
+      const int64_t whole = panels_[to - 1].channels == width ? to : to - 1;
+      const Panel& panel = panels_[from];
+      pack_across(target + panel.offset * block_ + n * panel.sample, block_ * panel.sample, width,
+                  x + panel.first_channel, p_.x_stride, (whole - from) * width, p_.height,
+                  p_.width);
+      from = whole;
     }
-    for (int64_t i = across; i < int64_t(panels_.size()); ++i) {
+    for (int64_t i = from; i < to; ++i) {
       const Panel& panel = panels_[i];
       if (panel.in_place) continue;
-      T* to = x_to + panel.offset * block_ + n * panel.sample;
-      const T* from = x + panel.first_channel * p_.x_stride[1];
+      T* const plane = target + panel.offset * block_ + n * panel.sample;
+      const T* const source = x + panel.first_channel * p_.x_stride[1];
       if (panel.layout == Layout::kTap) {
-        pack_plane(to, panel.channels, from, p_.x_stride, panel.channels, p_.height, p_.width,
+        pack_plane(plane, panel.channels, source, p_.x_stride, panel.channels, p_.height, p_.width,
                    panel.line);
       } else if (panel.layout == Layout::kWindow) {
-        pack_window(to, from, panel);
+        pack_window(plane, source, panel);
       } else {
-        pack_unrolled(to, from, panel);
+        pack_unrolled(plane, source, panel);
       }
     }
   }

@@ -38,6 +38,11 @@ constexpr int64_t kInPlaceBytes = 128;
 // Positions packed at once where panels share cache lines; fewer than the ways of a first-level
 // cache.
 constexpr int64_t kPositionsAcross = 8;
+// Where there are so many panels of rows, threads share them; a task has a few, a constant number
+// that does not depend on the threads.
+constexpr int64_t kManyPanels = 32;
+constexpr int64_t kRowTasks = 8;
+constexpr int64_t kMostPanels = 4;
 // Panels packed at once: few, so that threads share the work, and more than one for those that
 // share cache lines.
 constexpr int64_t kPanelsAtOnce = 8;
@@ -106,6 +111,7 @@ template <typename T>
 struct Packed {
   T* x;
   T* g;
+  int64_t first_row_panel;  // the panel of rows that g begins with
 };
 
 template <typename T>
@@ -129,6 +135,8 @@ class Outer {
     if (p_.samples > 1 && out_elements_ <= 2 * entries &&
         out_elements_ * int64_t(sizeof(T)) <= kPartialBytes && positions >= kParts * kPartWork) {
       run_by_samples();
+    } else if (groups_ == 1 && row_panels_ >= kManyPanels) {
+      run_by_rows();
     } else {
       run_by_tiles();
     }
@@ -154,7 +162,7 @@ class Outer {
     T* const memory = static_cast<T*>(Workspace::get<scope>((x_elements + g_elements) * sizeof(T)));
     std::fill(memory + x_elements - slack, memory + x_elements, T(0));
     std::fill(memory + x_elements + g_elements - slack, memory + x_elements + g_elements, T(0));
-    return {memory, memory + x_elements};
+    return {memory, memory + x_elements, 0};
   }
 
   void run_by_tiles() {
@@ -166,7 +174,48 @@ class Outer {
         for (int64_t i = from; i < to; ++i) pack(packed, begin, i);
       });
       torch::stable::parallel_for(0, tiles(), 1, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) compute(packed, begin, count, i, out_, alpha_);
+        for (int64_t i = from; i < to; ++i) compute_tile(packed, begin, count, i, out_, alpha_);
+      });
+    }
+  }
+
+  // Rows in the outer loop: what a thread packs of g it alone reads, and at once. The block holds
+  // columns only, so it has more samples, and each tile of out is read and written less often.
+  void run_by_rows() {
+    const int64_t positions = p_.out_height * p_.out_width;
+    const int64_t panels = std::clamp<int64_t>(row_panels_ / kRowTasks, 1, kMostPanels);
+    const int64_t g_sample = panels * row_panel_ * positions;
+    block_ = std::min(kBlockBytes / std::max<int64_t>(x_bytes_, 1),
+                      kThreadBlockBytes / (g_sample * int64_t(sizeof(T))));
+    block_ = std::clamp<int64_t>(block_, 1, p_.samples);
+    const int64_t slack = 4 * k_.vector_lanes;
+    const int64_t x_elements = block_ * x_sample_ + slack;
+    T* const x = static_cast<T*>(Workspace::get<Scope::kCall>(x_elements * sizeof(T)));
+    std::fill(x + x_elements - slack, x + x_elements, T(0));
+    const int64_t column_pieces = pieces() - row_pieces();
+    for (int64_t begin = 0; begin < p_.samples; begin += block_) {
+      const int64_t count = std::min(block_, p_.samples - begin);
+      torch::stable::parallel_for(0, count * column_pieces, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t n = i / column_pieces;
+          pack({x, nullptr, 0}, begin, n * pieces() + row_pieces() + i % column_pieces);
+        }
+      });
+      const int64_t tasks = ceil_div(row_panels_, panels);
+      torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
+        T* const g = static_cast<T*>(
+            Workspace::get<Scope::kThread>((block_ * g_sample + slack) * sizeof(T)));
+        for (int64_t task = from; task < to; ++task) {
+          const int64_t first = task * panels;
+          const int64_t last = std::min(row_panels_, first + panels);
+          const Packed<T> packed{x, g, first};
+          for (int64_t n = 0; n < count; ++n) pack_rows(packed, begin, n, 0, first, last);
+          for (const Product& product : products_) {
+            for (int64_t panel = first; panel < last; ++panel) {
+              compute(packed, begin, count, product, 0, panel, out_, alpha_);
+            }
+          }
+        }
       });
     }
   }
@@ -185,7 +234,9 @@ class Outer {
         for (int64_t begin = p_.samples * part / parts; begin < end; begin += block_) {
           const int64_t count = std::min(block_, end - begin);
           for (int64_t i = 0; i < count * groups_ * pieces(); ++i) pack(packed, begin, i);
-          for (int64_t i = 0; i < tiles(); ++i) compute(packed, begin, count, i, out, T(1));
+          for (int64_t i = 0; i < tiles(); ++i) {
+            compute_tile(packed, begin, count, i, out, T(1));
+          }
         }
       }
     });
@@ -363,7 +414,8 @@ class Outer {
     const int64_t row = from * row_panel_;
     const int64_t rows = std::min(to * row_panel_, total_rows_) - row;
     const T* g = g_ + (begin + n) * p_.g_stride[0] + (group * p_.rows + row) * p_.g_stride[1];
-    T* target = packed.g + group * block_ * g_sample_ + (from * block_ + n) * sample;
+    T* target = packed.g + group * block_ * g_sample_ +
+                ((from - packed.first_row_panel) * block_ + n) * sample;
     if (p_.g_stride[1] == 1) {
       pack_across(target, block_ * sample, row_panel_, g, p_.g_stride, rows, p_.out_height,
                   p_.out_width);
@@ -518,13 +570,18 @@ class Outer {
   }
 
   // One tile of the sums over `count` packed samples, added to `out`.
-  void compute(const Packed<T>& packed, int64_t begin, int64_t count, int64_t tile_index, T* out,
-               T alpha) const {
+  void compute_tile(const Packed<T>& packed, int64_t begin, int64_t count, int64_t index, T* out,
+                    T alpha) const {
     const int64_t row_panels = depthwise_ ? 1 : row_panels_;
-    const int64_t rest = tile_index / row_panels;
+    const int64_t rest = index / row_panels;
     const Product& product = products_[rest % int64_t(products_.size())];
     const int64_t group = rest / int64_t(products_.size());
-    const int64_t row_panel = depthwise_ ? product.panel : tile_index % row_panels;
+    const int64_t row_panel = depthwise_ ? product.panel : index % row_panels;
+    compute(packed, begin, count, product, group, row_panel, out, alpha);
+  }
+
+  void compute(const Packed<T>& packed, int64_t begin, int64_t count, const Product& product,
+               int64_t group, int64_t row_panel, T* out, T alpha) const {
     const Panel& panel = panels_[product.panel];
     const int64_t first_row = row_panel * row_panel_;
 
@@ -539,7 +596,8 @@ class Outer {
       g_position = row_panel_;
       g_line = p_.out_width * g_position;
       g_sample = p_.out_height * g_line;
-      g = packed.g + group * block_ * g_sample_ + row_panel * block_ * g_sample;
+      g = packed.g + group * block_ * g_sample_ +
+          (row_panel - packed.first_row_panel) * block_ * g_sample;
     }
     g += product.lines.begin * g_line + product.positions.begin * g_position;
     const T* x;

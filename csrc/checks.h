@@ -12,6 +12,9 @@ namespace fastfisher {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The operators add |g|^power for these powers.
+inline bool is_power(int64_t power) { return power == 1 || power == 2; }
+
 inline bool is_floating(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
 }

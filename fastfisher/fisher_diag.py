@@ -21,9 +21,9 @@ from .attribution import PROBES, Layout, lay_out
 from .files import replacing
 from .losses import Objective, check_kind, objectives, resolve_loss
 from .recorder import Recorder, SampleAxis, Site
-from .reference import PerSampleLoss, call, samples_of
+from .reference import PerSampleLoss, call, samples_of, sum_dtype
 from .rules import RULES
-from .rules.fallback import sum_grad_squared
+from .rules.fallback import sum_grad_powers
 from .rules.joint import CopyingView, Occurrence, add_jointly, add_through_derived
 
 __all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
@@ -43,6 +43,7 @@ class FisherDiag(Mapping[str, Tensor]):
         samples: how many samples it was computed from.
         kind: ``"empirical"``, ``"mc"`` or ``"exact"``.
         reduction: ``"mean"`` (divided by ``samples``) or ``"sum"``.
+        power: of the gradients' absolute values: 2, or 1.
         rules: for each parameter, what computed it.
     """
 
@@ -53,12 +54,14 @@ class FisherDiag(Mapping[str, Tensor]):
         samples: int,
         kind: str = "empirical",
         reduction: str = "mean",
+        power: int = 2,
         rules: Mapping[str, str] | None = None,
     ) -> None:
         self._values = dict(values)
         self.samples = samples
         self.kind = kind
         self.reduction = reduction
+        self.power = power
         self.rules = dict(rules or {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -73,7 +76,7 @@ class FisherDiag(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return (
             f"FisherDiag({len(self)} parameters, samples={self.samples}, kind={self.kind!r}, "
-            f"reduction={self.reduction!r})"
+            f"reduction={self.reduction!r}, power={self.power})"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -85,6 +88,7 @@ class FisherDiag(Mapping[str, Tensor]):
             "samples": str(self.samples),
             "kind": self.kind,
             "reduction": self.reduction,
+            "power": str(self.power),
             "rules": json.dumps(self.rules),
         }
         values = {name: value.contiguous() for name, value in self._values.items()}
@@ -113,6 +117,7 @@ class FisherDiag(Mapping[str, Tensor]):
             samples=int(header["samples"]),
             kind=header["kind"],
             reduction=header["reduction"],
+            power=int(header.get("power", 2)),  # files of earlier versions hold squares
             rules=json.loads(header["rules"]),
         )
 
@@ -126,6 +131,7 @@ def fisher_diag(
     samples: int = 1,
     generator: torch.Generator | None = None,
     reduction: str = "mean",
+    power: float = 2,
     parameters: Iterable[str] | None = None,
     strict: bool = True,
     progress: bool = False,
@@ -162,6 +168,10 @@ def fisher_diag(
         samples: targets drawn for each sample by ``"mc"``.
         generator: source of the draws of ``"mc"``; None is torch's global one.
         reduction: ``"mean"`` over the samples, or ``"sum"``.
+        power: 2, or 1 for absolute values in place of squares, the importance that LFSSD dampens by
+            (arXiv 2402.19308): exact by the same rules at the same price. With it, ``"mc"`` is
+            the mean over the draws, and ``"exact"`` takes one backward pass for each class, for
+            cross-entropy alone.
         parameters: names to compute; None is every parameter that requires grad.
         strict: raise where a parameter cannot be computed; otherwise leave it out and warn.
         progress: show a progress bar on a terminal.
@@ -175,12 +185,15 @@ def fisher_diag(
         RuntimeError: a parameter's Fisher cannot be computed exactly; names it and says why.
     """
     resolved = resolve_loss(loss)
-    check_kind(kind, resolved, samples)
+    check_kind(kind, resolved, samples, power)
+    power = int(power)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    expand = functools.partial(objectives, kind, resolved, samples=samples, generator=generator)
+    expand = functools.partial(
+        objectives, kind, resolved, samples=samples, generator=generator, power=power
+    )
     chosen = _chosen_parameters(model, parameters)
-    run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss))
+    run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss), power)
     with _left_as_found(model, run.buffers), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
             run.add_batch(inputs, targets)
@@ -301,6 +314,7 @@ class _Pass:
     chosen: dict[str, nn.Parameter]
     strict: bool
     custom_loss: bool
+    power: int
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     #: Sums of earlier batches, in float64; only where there are many batches.
@@ -368,8 +382,14 @@ class _Pass:
         for name in new:
             self.reasons[name] = batch.reasons[name]
         try:
-            sums, way = sum_grad_squared(
-                self.model, inputs, objective.targets, objective.function, names, batch.count
+            sums, way = sum_grad_powers(
+                self.model,
+                inputs,
+                objective.targets,
+                objective.function,
+                names,
+                batch.count,
+                self.power,
             )
         except RuntimeError as error:
             if self.strict:
@@ -407,7 +427,7 @@ class _Pass:
         """The buffer that a parameter's squares are added to."""
         if name not in self.sums:
             parameter = self.chosen[name]
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            dtype = sum_dtype(parameter)
             if memory_format is None:
                 sums = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
             else:
@@ -569,7 +589,14 @@ class _Pass:
                 value.mul_(factor)
             values[name] = value.contiguous()
         rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}
-        return FisherDiag(values, samples=self.samples, kind=kind, reduction=reduction, rules=rules)
+        return FisherDiag(
+            values,
+            samples=self.samples,
+            kind=kind,
+            reduction=reduction,
+            power=self.power,
+            rules=rules,
+        )
 
 
 @dataclass
@@ -711,7 +738,8 @@ class _Batch:
             outs[slot] = out
             self._finished(name, site.function)
         if outs:
-            site.use.accumulate(outs, grad, self._samples[id(site)], self._weight)
+            samples = self._samples[id(site)]
+            site.use.accumulate(outs, grad, samples, self._weight, self.run.power)
         if not self._keep_graph and len(alone) == len(site.use.views):
             # As autograd frees what it saved: the activations need not wait for the end.
             site.forget_inputs()
@@ -737,10 +765,14 @@ class _Batch:
         try:
             if derived:
                 totals = {name: self.run.sum_of(name) for name in names}
-                add_through_derived(totals, derived, occurrences, self.count, self._weight)
+                add_through_derived(
+                    totals, derived, occurrences, self.count, self._weight, self.run.power
+                )
                 functions += f" of {', '.join(each.function for each in derived)}"
             else:
-                add_jointly(self.run.sum_of(group), occurrences, self.count, self._weight)
+                add_jointly(
+                    self.run.sum_of(group), occurrences, self.count, self._weight, self.run.power
+                )
                 functions += f", {self._uses[group]} uses"
         except CopyingView as error:
             self.reasons.update(dict.fromkeys(names, str(error)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,14 @@ class Loss:
         draw: ``(output, generator) -> target``, a target drawn from the model's distribution.
         roots: ``output -> iterator of cotangents``: the rows of a square root of the expected
             Hessian of the loss in the output, each of the output's shape.
+        outcomes: ``output -> iterator of cotangents``: for each target there can be, the gradient
+            of its loss in the output, times its probability; None where they are too many.
     """
 
     per_sample: PerSampleLoss
     draw: Callable[[Tensor, torch.Generator | None], Tensor] | None = None
     roots: Callable[[Tensor], Iterator[Tensor]] | None = None
+    outcomes: Callable[[Tensor], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def resolve_loss(loss: str | nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     return _LOSSES[loss]
 
 
-def check_kind(kind: str, loss: Loss, samples: int) -> None:
-    """Raises ValueError if this kind of Fisher is not defined for this loss."""
+def check_kind(kind: str, loss: Loss, samples: int, power: float) -> None:
+    """Raises ValueError if this kind of Fisher is not defined for this loss and power."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if kind != "empirical" and loss.draw is None:
@@ -75,6 +78,13 @@ def check_kind(kind: str, loss: Loss, samples: int) -> None:
         )
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected a positive integer, got {samples!r}")
+    if isinstance(power, bool) or power not in (1, 2):
+        raise ValueError(f"power: expected 1 or 2, got {power!r}")
+    if kind == "exact" and power == 1 and loss.outcomes is None:
+        raise ValueError(
+            "power: 1 with kind 'exact' needs a loss over classes, 'cross_entropy'; for the others "
+            "use kind 'mc'"
+        )
 
 
 def objectives(
@@ -84,12 +94,14 @@ def objectives(
     targets: Any,
     samples: int,
     generator: torch.Generator | None,
+    power: int,
 ) -> Iterator[Objective]:
     """What a batch with this output contributes, one backward pass a term.
 
     ``empirical`` is the observed target; ``mc`` draws ``samples`` targets from the model; ``exact``
     is the expectation over the model's targets: the squared gradients along a square root of the
-    Hessian in the output, C - 1 objectives for C classes.
+    Hessian in the output, C - 1 objectives for C classes. Absolute values (``power`` 1) do not sum
+    like that: they take the classes one by one.
     """
     if kind == "empirical":
         yield Objective(loss.per_sample, targets, 1.0)
@@ -101,10 +113,11 @@ def objectives(
         for _ in range(samples):
             yield Objective(loss.per_sample, loss.draw(output.detach(), generator), 1.0 / samples)
         return
-    assert loss.roots is not None
-    for root in loss.roots(output.detach()):
+    cotangents = loss.roots if power == 2 else loss.outcomes
+    assert cotangents is not None
+    for cotangent in cotangents(output.detach()):
         # The cotangent travels as the target, so that the fallback slices it like one.
-        yield Objective(_inner_product, root, 1.0)
+        yield Objective(_inner_product, cotangent, 1.0)
 
 
 def _inner_product(output: Tensor, cotangent: Tensor) -> Tensor:
@@ -135,7 +148,7 @@ def _cross_entropy_module(module: nn.CrossEntropyLoss) -> Loss:
         return _per_sample(values)
 
     plain = module.weight is None and module.label_smoothing == 0
-    return Loss(per_sample, _draw_class, _class_roots) if plain else Loss(per_sample)
+    return replace(_LOSSES["cross_entropy"], per_sample=per_sample) if plain else Loss(per_sample)
 
 
 def _draw_class(output: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -146,14 +159,28 @@ def _draw_class(output: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn.view(logits.shape[:-1])
 
 
-def _class_roots(output: Tensor) -> Iterator[Tensor]:
-    """Columns of L with ``L L^T = diag(p) - p p^T``, by its closed-form Cholesky factor."""
+def _class_probabilities(output: Tensor) -> Tensor:
     if output.dim() != 2:
         raise ValueError(
             "kind: 'exact' needs outputs [N, C]; with several positions a sample use 'mc', got "
             f"{tuple(output.shape)}"
         )
-    p = output.softmax(1)
+    return output.softmax(1)
+
+
+def _class_outcomes(output: Tensor) -> Iterator[Tensor]:
+    p = _class_probabilities(output)
+    for j in range(p.shape[1]):
+        gradient = p.clone()
+        # Minus the sum of the other classes' probabilities: p - 1 would cancel.
+        gradient[:, j] = 0
+        gradient[:, j] = -gradient.sum(1)
+        yield p[:, j : j + 1] * gradient
+
+
+def _class_roots(output: Tensor) -> Iterator[Tensor]:
+    """Columns of L with ``L L^T = diag(p) - p p^T``, by its closed-form Cholesky factor."""
+    p = _class_probabilities(output)
     # Mass of the classes after j, summed from the small end: 1 - cumsum(p) would cancel.
     tail = p.flip(1).cumsum(1).flip(1)
     after = torch.cat([tail[:, 1:], torch.zeros_like(tail[:, :1])], 1)
@@ -206,7 +233,7 @@ def _bernoulli_roots(output: Tensor) -> Iterator[Tensor]:
 
 
 _LOSSES: dict[str, Loss] = {
-    "cross_entropy": Loss(_cross_entropy, _draw_class, _class_roots),
+    "cross_entropy": Loss(_cross_entropy, _draw_class, _class_roots, _class_outcomes),
     "mse": Loss(_mse, _draw_gaussian, _gaussian_roots),
     "bce_with_logits": Loss(_bce_with_logits, _draw_bernoulli, _bernoulli_roots),
 }

@@ -2,7 +2,8 @@
 
 ``torch.ops.fastfisher.*`` exist as soon as this module is imported. Each has a default kernel in
 plain torch that serves any device; where the compiled module is present it takes over on the CPU.
-All of them add to their first arguments in place and return nothing; none is differentiable.
+All of them add to their first arguments in place and return nothing; none is differentiable. With
+``power=1`` they add absolute values of per-sample gradients in place of the squares.
 
 Shapes: ``N`` samples, ``T`` positions of one sample that share the parameter (tokens, pixels,
 uses), ``O``/``C`` output and input features. The per-sample gradient is a sum over positions; it is
@@ -20,19 +21,21 @@ from torch import Tensor
 
 _library = torch.library.Library("fastfisher", "DEF")
 _library.define(
-    "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha) -> ()"
+    "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha, "
+    "int power=2) -> ()"
 )
 _library.define(
     "conv2d_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, int[] stride, "
-    "int[] padding, int[] dilation, int groups, float alpha) -> ()"
+    "int[] padding, int[] dilation, int groups, float alpha, int power=2) -> ()"
 )
 _library.define(
     "channel_sum_grad_squared_(Tensor(a!)? weight, Tensor(b!)? bias, Tensor grad, Tensor? input, "
-    "Tensor? mean, Tensor? scale, Tensor(c!)? grad_input, Tensor? factor, float alpha) -> ()"
+    "Tensor? mean, Tensor? scale, Tensor(c!)? grad_input, Tensor? factor, float alpha, "
+    "int power=2) -> ()"
 )
 _library.define(
     "embedding_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor index, int padding_index, "
-    "float alpha) -> ()"
+    "float alpha, int power=2) -> ()"
 )
 
 # A default kernel forms per-sample gradients of this many elements at once, at most (or of one
@@ -43,6 +46,11 @@ _DEFAULT_CHUNK_ELEMENTS = 1 << 24
 def _check(op: str, argument: str, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"fastfisher::{op}: {argument}: expected {expected}")
+
+
+def powers_(values: Tensor, power: int) -> Tensor:
+    """``|values| ** power`` for a power of 1 or 2, in place."""
+    return values.square_() if power == 2 else values.abs_()
 
 
 def _sample_chunks(samples: int, elements: int) -> Sequence[slice]:
@@ -102,9 +110,10 @@ def embedding_per_sample_grad(
     return out.scatter_add_(1, index.unsqueeze(-1).expand(-1, -1, columns), grad)
 
 
-def _linear_default(out: Tensor, grad: Tensor, input: Tensor, alpha: float) -> None:
+def _linear_default(out: Tensor, grad: Tensor, input: Tensor, alpha: float, power: int = 2) -> None:
     for part in _sample_chunks(grad.shape[0], out.numel()):
-        out.add_(linear_per_sample_grad(grad[part], input[part]).square_().sum(0), alpha=alpha)
+        per_sample = linear_per_sample_grad(grad[part], input[part])
+        out.add_(powers_(per_sample, power).sum(0), alpha=alpha)
 
 
 def _conv2d_default(
@@ -116,12 +125,13 @@ def _conv2d_default(
     dilation: Sequence[int],
     groups: int,
     alpha: float,
+    power: int = 2,
 ) -> None:
     for part in _sample_chunks(grad.shape[0], out.numel()):
         per_sample = conv2d_per_sample_grad(
             grad[part], input[part], out.shape[2:], stride, padding, dilation, groups
         )
-        out.add_(per_sample.square_().sum(0), alpha=alpha)
+        out.add_(powers_(per_sample, power).sum(0), alpha=alpha)
 
 
 def _channel_default(
@@ -134,18 +144,19 @@ def _channel_default(
     grad_input: Tensor | None,
     factor: Tensor | None,
     alpha: float,
+    power: int = 2,
 ) -> None:
     if grad_input is not None and factor is not None:
         torch.mul(grad, factor, out=grad_input)
     weight_grad, bias_grad = channel_per_sample_grad(grad, input, mean, scale)
     if weight is not None and weight_grad is not None:
-        weight.add_(weight_grad.square_().sum(0), alpha=alpha)
+        weight.add_(powers_(weight_grad, power).sum(0), alpha=alpha)
     if bias is not None:
-        bias.add_(bias_grad.square_().sum(0), alpha=alpha)
+        bias.add_(powers_(bias_grad, power).sum(0), alpha=alpha)
 
 
 def _embedding_default(
-    out: Tensor, grad: Tensor, index: Tensor, padding_index: int, alpha: float
+    out: Tensor, grad: Tensor, index: Tensor, padding_index: int, alpha: float, power: int = 2
 ) -> None:
     # Equal tokens of one sample are summed under one key, so nothing of size N x V x D is formed.
     samples, _, columns = grad.shape
@@ -155,7 +166,7 @@ def _embedding_default(
     sums.index_add_(0, inverse, grad.reshape(-1, columns))
     tokens = keys % out.shape[0]
     kept = tokens != padding_index
-    out.index_add_(0, tokens[kept], sums[kept].square_(), alpha=alpha)
+    out.index_add_(0, tokens[kept], powers_(sums[kept], power), alpha=alpha)
 
 
 def _fake(*_args: object, **_kwargs: object) -> None:
@@ -203,7 +214,7 @@ def build_info() -> dict[str, object]:
 
 
 def linear_sum_grad_squared_(
-    out: Tensor, grad: Tensor, input: Tensor, *, alpha: float = 1.0
+    out: Tensor, grad: Tensor, input: Tensor, *, alpha: float = 1.0, power: int = 2
 ) -> None:
     """``out[o, i] += alpha * sum_n (sum_t grad[n, t, o] * input[n, t, i])**2``.
 
@@ -212,19 +223,23 @@ def linear_sum_grad_squared_(
         grad: ``[N, T, O]``, gradient at the layer's output, dtype of ``out``.
         input: ``[N, T, I]``, the layer's input, dtype of ``out``.
         alpha: factor of the added squares.
+        power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or ``power`` is neither.
     """
     op = "linear_sum_grad_squared_"
     _check(op, "grad", grad.dim() == 3, "[N, T, O]")
     _check(op, "input", input.dim() == 3 and input.shape[:2] == grad.shape[:2], "[N, T, I]")
     _check(op, "out", out.shape == (grad.shape[2], input.shape[2]), "[O, I]")
+    _check(op, "power", power in (1, 2), "1 or 2")
     if grad.shape[1] == 1:
         # One position: the square of a product is the product of squares, a plain GEMM.
-        out.addmm_(grad[:, 0].square().t(), input[:, 0].square(), alpha=alpha)
+        g, x = grad[:, 0], input[:, 0]
+        g, x = (g.square(), x.square()) if power == 2 else (g.abs(), x.abs())
+        out.addmm_(g.t(), x, alpha=alpha)
         return
-    torch.ops.fastfisher.linear_sum_grad_squared_.default(out, grad, input, alpha)
+    torch.ops.fastfisher.linear_sum_grad_squared_.default(out, grad, input, alpha, power)
     torch.autograd.graph.increment_version(out)
 
 
@@ -238,6 +253,7 @@ def conv2d_sum_grad_squared_(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     alpha: float = 1.0,
+    power: int = 2,
 ) -> None:
     """Adds the summed squares of per-sample weight gradients of a 2-d convolution to ``out``.
 
@@ -250,9 +266,10 @@ def conv2d_sum_grad_squared_(
         dilation: of the convolution.
         groups: of the convolution.
         alpha: factor of the added squares.
+        power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or ``power`` is neither.
     """
     op = "conv2d_sum_grad_squared_"
     _check(op, "grad", grad.dim() == 4, "[N, O, OH, OW]")
@@ -265,8 +282,9 @@ def conv2d_sum_grad_squared_(
         and out.shape[:2] == (grad.shape[1], input.shape[1] // groups),
         "[O, C / groups, KH, KW]",
     )
+    _check(op, "power", power in (1, 2), "1 or 2")
     torch.ops.fastfisher.conv2d_sum_grad_squared_.default(
-        out, grad, input, list(stride), list(padding), list(dilation), groups, alpha
+        out, grad, input, list(stride), list(padding), list(dilation), groups, alpha, power
     )
     torch.autograd.graph.increment_version(out)
 
@@ -282,6 +300,7 @@ def channel_sum_grad_squared_(
     grad_input: Tensor | None = None,
     factor: Tensor | None = None,
     alpha: float = 1.0,
+    power: int = 2,
 ) -> None:
     """Adds the summed squares of per-channel sums of one sample.
 
@@ -299,9 +318,10 @@ def channel_sum_grad_squared_(
             a layer's backward pass reads ``grad`` once.
         factor: contiguous ``[C]``; needed with ``grad_input``.
         alpha: factor of the added squares.
+        power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or ``power`` is neither.
     """
     op = "channel_sum_grad_squared_"
     _check(op, "grad", grad.dim() == 3, "[N, T, C]")
@@ -317,15 +337,22 @@ def channel_sum_grad_squared_(
     if grad_input is not None:
         fits = grad_input.shape == grad.shape and grad_input.stride() == grad.stride()
         _check(op, "grad_input", fits, "[N, T, C] with the strides of grad")
+    _check(op, "power", power in (1, 2), "1 or 2")
     torch.ops.fastfisher.channel_sum_grad_squared_.default(
-        weight, bias, grad, input, mean, scale, grad_input, factor, alpha
+        weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power
     )
     outs = [out for out in (weight, bias, grad_input) if out is not None]
     torch.autograd.graph.increment_version(outs)
 
 
 def embedding_sum_grad_squared_(
-    out: Tensor, grad: Tensor, index: Tensor, *, padding_index: int = -1, alpha: float = 1.0
+    out: Tensor,
+    grad: Tensor,
+    index: Tensor,
+    *,
+    padding_index: int = -1,
+    alpha: float = 1.0,
+    power: int = 2,
 ) -> None:
     """``out[v] += alpha * sum_n (sum_{t: index[n, t] = v} grad[n, t])**2``.
 
@@ -335,15 +362,17 @@ def embedding_sum_grad_squared_(
         index: int64 ``[N, T]``, each in ``[0, V)``.
         padding_index: the row that gets no gradient; -1 for none.
         alpha: factor of the added squares.
+        power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or ``power`` is neither.
     """
     op = "embedding_sum_grad_squared_"
     _check(op, "out", out.dim() == 2, "[V, D]")
     _check(op, "grad", grad.dim() == 3 and grad.shape[2:] == out.shape[1:], "[N, T, D]")
     _check(op, "index", index.shape == grad.shape[:2], "[N, T]")
+    _check(op, "power", power in (1, 2), "1 or 2")
     torch.ops.fastfisher.embedding_sum_grad_squared_.default(
-        out, grad, index.long(), padding_index, alpha
+        out, grad, index.long(), padding_index, alpha, power
     )
     torch.autograd.graph.increment_version(out)

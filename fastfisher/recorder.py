@@ -87,9 +87,14 @@ class Use(Protocol):
     sample_axes: Sequence[int]
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
-        """Adds ``alpha`` times the summed squares to ``outs`` (a subset of ``views``)."""
+        """Adds ``alpha * sum_n |g_n| ** power`` to ``outs`` (a subset of ``views``)."""
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         """Per-sample gradients ``[n, *view.shape]`` of one argument, for samples ``part``."""

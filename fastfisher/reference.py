@@ -36,12 +36,23 @@ def sample_count(batch: Any) -> int:
     return next(leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
+def sum_dtype(parameter: Tensor) -> torch.dtype:
+    """What squares of a parameter's gradients are added up in."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _powers(gradient: Tensor, power: int) -> Tensor:
+    return gradient.square() if power == 2 else gradient.abs()
+
+
 def sum_grad_squared_loop(
     model: nn.Module,
     inputs: Any,
     targets: Any,
     loss: PerSampleLoss,
     names: Sequence[str],
+    *,
+    power: int = 2,
 ) -> dict[str, Tensor]:
     """Sum over the samples of a batch of squared per-sample gradients, one backward a sample.
 
@@ -51,13 +62,14 @@ def sum_grad_squared_loop(
         targets: ``[N, ...]``.
         loss: ``(output, target) -> [N]`` losses, one a sample.
         names: parameters to differentiate, as in ``model.named_parameters()``.
+        power: 2, or 1 for the sum of absolute values.
 
     Returns:
-        One tensor per name, of the parameter's shape and dtype.
+        One tensor per name, of the parameter's shape; float64 for float64 parameters, else float32.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [named[name] for name in names]
-    totals = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+    totals = [torch.zeros_like(p, dtype=sum_dtype(p), requires_grad=False) for p in parameters]
     with torch.enable_grad():
         for n in range(sample_count(inputs)):
             part = slice(n, n + 1)
@@ -65,7 +77,7 @@ def sum_grad_squared_loop(
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):
                 if gradient is not None:
-                    total.add_(gradient.detach().to_dense().square())
+                    total.add_(_powers(gradient.detach().to_dense().to(total.dtype), power))
     return dict(zip(names, totals, strict=True))
 
 
@@ -77,6 +89,7 @@ def sum_grad_squared_func(
     names: Sequence[str],
     *,
     chunk_size: int | None = None,
+    power: int = 2,
 ) -> dict[str, Tensor]:
     """The same quantity by ``torch.func.vmap(grad)``; memory is O(chunk_size * P).
 
@@ -87,9 +100,10 @@ def sum_grad_squared_func(
         loss: ``(output, target) -> [N]`` losses, one a sample.
         names: parameters to differentiate.
         chunk_size: samples whose gradients are held at once; ``None`` holds all ``N``.
+        power: 2, or 1 for the sum of absolute values.
 
     Returns:
-        One tensor per name, of the parameter's shape and dtype.
+        One tensor per name, of the parameter's shape; float64 for float64 parameters, else float32.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name: named[name].detach() for name in names}
@@ -106,12 +120,12 @@ def sum_grad_squared_func(
     per_sample = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0, 0))
     count = sample_count(inputs)
     step = chunk_size or count
-    totals = {name: torch.zeros_like(p) for name, p in chosen.items()}
+    totals = {name: torch.zeros_like(p, dtype=sum_dtype(p)) for name, p in chosen.items()}
     for start in range(0, count, step):
         part = slice(start, start + step)
         gradients = per_sample(chosen, samples_of(inputs, part), samples_of(targets, part))
         for name, gradient in gradients.items():
-            totals[name] += gradient.square().sum(0)
+            totals[name] += _powers(gradient.to(sum_dtype(gradient)), power).sum(0)
     return totals
 
 

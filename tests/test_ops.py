@@ -75,8 +75,22 @@ CASES: dict[str, tuple[str, tuple]] = {
         "channel_sum_grad_squared_",
         (None, torch.zeros(4), G3, None, None, None, None, None, 1.0),
     ),
+    "channel strided": (
+        "channel_sum_grad_squared_",
+        (None, torch.zeros(8)[::2], G3, None, None, None, None, None, 1.0),
+    ),
     "embedding": ("embedding_sum_grad_squared_", (torch.zeros(9, 4), G3, TOKENS, 3, 1.0)),
+    "embedding strided": (
+        "embedding_sum_grad_squared_",
+        (torch.zeros(4, 9).t(), G3, TOKENS, 3, 1.0),
+    ),
+    "depthwise": (
+        "conv2d_sum_grad_squared_",
+        (torch.zeros(4, 1, 1, 1), GRADS[:, :4], IMAGES, [1, 1], [0, 0], [1, 1], 4, 2.0),
+    ),
 }
+# The same with absolute values in place of squares.
+CASES |= {f"{case}, power 1": (name, (*args, 1)) for case, (name, args) in CASES.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,6 +163,10 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], threads: in
             r"out: expected \[O, I\]",
         ),
         (lambda: ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3, X3[:2]), "input: expected"),
+        (
+            lambda: ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3, X3, power=3),
+            "power: expected 1 or 2",
+        ),
         (lambda: ops.channel_sum_grad_squared_(None, None, G3), "at least one"),
         (lambda: ops.channel_sum_grad_squared_(torch.zeros(4), None, G3), "input: expected"),
         (
@@ -172,6 +190,10 @@ def test_compiled_kernels_check_what_they_read() -> None:
         ops.embedding_sum_grad_squared_(torch.zeros(9, 4), G3, TOKENS + 9)
     with pytest.raises(RuntimeError, match="height and width"):
         ops.conv2d_sum_grad_squared_(torch.zeros(6, 4, 3, 3), GRADS, IMAGES)
+    for name, arguments in CASES.values():
+        power = len(getattr(OPS, name).default._schema.arguments) - 1
+        with pytest.raises(RuntimeError, match="power: expected 1 or 2"):
+            getattr(OPS, name).default(*arguments[:power], 3)
     with pytest.raises(RuntimeError, match="dtype of out"):
         ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3.double(), X3)
 

@@ -34,16 +34,18 @@ struct Operand {
 };
 
 template <typename T>
-void add_squares(const Kernels<T>& k, const Tensor& out, const T* sums, int64_t sample_stride,
-                 int64_t samples, T alpha, int64_t from, int64_t to) {
+void add_powers(const Kernels<T>& k, const Tensor& out, const T* sums, int64_t sample_stride,
+                int64_t samples, T alpha, bool absolute, int64_t from, int64_t to) {
   T* data = static_cast<T*>(out.mutable_data_ptr());
   const int64_t stride = out.stride(0);
   for (int64_t n = 0; n < samples; ++n) {
     const T* sum = sums + n * sample_stride;
     if (stride == 1) {
-      k.add_squares(data + from, sum + from, alpha, to - from);
+      k.add_powers(data + from, sum + from, alpha, absolute, to - from);
     } else {
-      for (int64_t c = from; c < to; ++c) data[c * stride] += alpha * sum[c] * sum[c];
+      for (int64_t c = from; c < to; ++c) {
+        k.add_powers(data + c * stride, sum + c, alpha, absolute, 1);
+      }
     }
   }
 }
@@ -52,7 +54,7 @@ template <typename T>
 void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& grad,
          const std::optional<Tensor>& input, const std::optional<Tensor>& mean,
          const std::optional<Tensor>& scale, const std::optional<Tensor>& grad_input,
-         const std::optional<Tensor>& factor, T alpha) {
+         const std::optional<Tensor>& factor, T alpha, bool absolute) {
   const Kernels<T>& k = kernels().of<T>();
   const int64_t samples = grad.size(0), positions = grad.size(1), channels = grad.size(2);
   if (samples == 0 || positions == 0 || channels == 0) return;
@@ -85,10 +87,10 @@ void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     });
     torch::stable::parallel_for(0, channels, 1024, [&](int64_t from, int64_t to) {
       if (weight.has_value()) {
-        add_squares(k, *weight, sums, sample_sums, count, alpha, from, to);
+        add_powers(k, *weight, sums, sample_sums, count, alpha, absolute, from, to);
       }
       if (bias.has_value()) {
-        add_squares(k, *bias, sums + bias_at, sample_sums, count, alpha, from, to);
+        add_powers(k, *bias, sums + bias_at, sample_sums, count, alpha, absolute, from, to);
       }
     });
   }
@@ -99,7 +101,7 @@ void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
 void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tensor> bias,
                                Tensor grad, std::optional<Tensor> input, std::optional<Tensor> mean,
                                std::optional<Tensor> scale, std::optional<Tensor> grad_input,
-                               std::optional<Tensor> factor, double alpha) {
+                               std::optional<Tensor> factor, double alpha, int64_t power) {
 #define FF_CHECK_CHANNEL(argument, condition, ...) \
   FF_CHECK("channel_sum_grad_squared_", argument, condition, __VA_ARGS__)
   FF_CHECK_CHANNEL("grad", is_floating(grad) && grad.dim() == 3,
@@ -135,12 +137,13 @@ void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tenso
                    "expected the dtype, [N, T, C] and strides of grad");
   FF_CHECK_CHANNEL("factor", is_output(factor) && (!factor.has_value() || factor->stride(0) == 1),
                    "expected contiguous [C] of the dtype of grad");
+  FF_CHECK_CHANNEL("power", is_power(power), "expected 1 or 2");
 #undef FF_CHECK_CHANNEL
   if (grad.scalar_type() == ScalarType::Float) {
     run<float>(weight, bias, grad, input, mean, scale, grad_input, factor,
-               static_cast<float>(alpha));
+               static_cast<float>(alpha), power == 1);
   } else {
-    run<double>(weight, bias, grad, input, mean, scale, grad_input, factor, alpha);
+    run<double>(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power == 1);
   }
 }
 

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kColumns = 64;
 
 template <typename T>
-void run(const Tensor& out, const Tensor& grad, const Tensor& index, int64_t padding_index,
-         T alpha) {
+void run(const Tensor& out, const Tensor& grad, const Tensor& index, int64_t padding_index, T alpha,
+         bool absolute) {
   const Kernels<T>& k = kernels().of<T>();
   const int64_t samples = grad.size(0), positions = grad.size(1), columns = grad.size(2);
   const auto* tokens = static_cast<const int64_t*>(index.const_data_ptr());
@@ -63,10 +63,10 @@ void run(const Tensor& out, const Tensor& grad, const Tensor& index, int64_t pad
           if (v == padding_index) continue;
           T* row = to_out + v * out.stride(0) + first * out.stride(1);
           if (out.stride(1) == 1) {
-            k.add_squares(row, sum, alpha, count);
+            k.add_powers(row, sum, alpha, absolute, count);
           } else {
             for (int64_t c = 0; c < count; ++c) {
-              row[c * out.stride(1)] += alpha * sum[c] * sum[c];
+              k.add_powers(row + c * out.stride(1), sum + c, alpha, absolute, 1);
             }
           }
         }
@@ -78,7 +78,7 @@ void run(const Tensor& out, const Tensor& grad, const Tensor& index, int64_t pad
 }  // namespace
 
 void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t padding_index,
-                                 double alpha) {
+                                 double alpha, int64_t power) {
 #define FF_CHECK_GATHER(argument, condition, ...) \
   FF_CHECK("embedding_sum_grad_squared_", argument, condition, __VA_ARGS__)
   FF_CHECK_GATHER("out", is_floating(out) && out.dim() == 2, "expected float32 or float64 [V, D]");
@@ -98,11 +98,12 @@ void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t 
                       out.size(0), ", got ", token);
     }
   }
+  FF_CHECK_GATHER("power", is_power(power), "expected 1 or 2");
 #undef FF_CHECK_GATHER
   if (out.scalar_type() == ScalarType::Float) {
-    run<float>(out, grad, index, padding_index, static_cast<float>(alpha));
+    run<float>(out, grad, index, padding_index, static_cast<float>(alpha), power == 1);
   } else {
-    run<double>(out, grad, index, padding_index, alpha);
+    run<double>(out, grad, index, padding_index, alpha, power == 1);
   }
 }
 

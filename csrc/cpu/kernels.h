@@ -9,7 +9,8 @@ namespace fastfisher::cpu {
 
 // One tile of the outer family: `rows` x `columns` entries of
 //   out[r, c] += alpha * sum_n (sum_t g[n, t, r] * x[n, t, c])^2
-// where t runs over a `lines` x `positions` rectangle. All strides are in elements.
+// where t runs over a `lines` x `positions` rectangle; `absolute` values in place of the squares
+// where that is set, here and in every other kernel. All strides are in elements.
 template <typename T>
 struct OuterTile {
   const T* g;  // packed [samples][...][rows], rows innermost
@@ -22,6 +23,7 @@ struct OuterTile {
   int64_t out_row;
   const int64_t* out_column;  // offset of each column, or nullptr where they are contiguous
   T alpha;
+  bool absolute;
 };
 
 // One tile of the outer family with one input channel per output channel (depthwise convolution):
@@ -37,6 +39,7 @@ struct DepthwiseTile {
   T* out;
   int64_t out_channel;
   T alpha;
+  bool absolute;
 };
 
 // The channel family for one sample: sums over t of g * (x - mean) * scale, and of g.
@@ -74,8 +77,8 @@ struct Kernels {
   void (*outer_tile)(const OuterTile<T>&);
   void (*depthwise_tile)(const DepthwiseTile<T>&);
   void (*channel_sums)(const ChannelSums<T>&);
-  // out[i] += alpha * value[i]^2
-  void (*add_squares)(T* out, const T* value, T alpha, int64_t count);
+  // out[i] += alpha * value[i]^2, or alpha * |value[i]|
+  void (*add_powers)(T* out, const T* value, T alpha, bool absolute, int64_t count);
   // sum[i] += value[i]
   void (*add)(T* sum, const T* value, int64_t count);
 };

@@ -32,6 +32,11 @@ FF_INLINE void store(T* to, typename Vector<T>::type value) {
   *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
 }
 
+template <typename V>
+FF_INLINE V magnitude(V value) {
+  return value < 0 ? -value : value;
+}
+
 // ---------------------------------------------------------------------------------------------
 // pack
 
@@ -191,6 +196,12 @@ __attribute__((noinline)) void register_tile(const OuterTile<T>& tile, int64_t r
     }
     // Keeps the compiler from holding `sum` in registers, where it would spill `gradient`.
     asm volatile("" : : "r"(&sum[0][0]) : "memory");
+    if (tile.absolute) {
+      FF_UNROLL for (int r = 0; r < R; ++r) {
+        FF_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += magnitude(gradient[r][v]);
+      }
+      continue;
+    }
     FF_UNROLL for (int r = 0; r < R; ++r) {
       FF_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += gradient[r][v] * gradient[r][v];
     }
@@ -274,7 +285,7 @@ void depthwise_tile(const DepthwiseTile<T>& tile) {
         }
       }
       const vector total = (gradient[0] + gradient[1]) + (gradient[2] + gradient[3]);
-      sum += total * total;
+      sum += tile.absolute ? magnitude(total) : total * total;
     }
     T lanes[L];
     store(lanes, sum);
@@ -475,14 +486,16 @@ void channel_sums(const ChannelSums<T>& s) {
 // gather, and the last step of the channel family
 
 template <typename T>
-void add_squares(T* out, const T* value, T alpha, int64_t count) {
+void add_powers(T* out, const T* value, T alpha, bool absolute, int64_t count) {
   constexpr int64_t L = Vector<T>::lanes;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
     const auto v = load(value + i);
-    store(out + i, load(out + i) + v * v * alpha);
+    store(out + i, load(out + i) + (absolute ? magnitude(v) : v * v) * alpha);
   }
-  for (; i < count; ++i) out[i] += value[i] * value[i] * alpha;
+  for (; i < count; ++i) {
+    out[i] += (absolute ? magnitude(value[i]) : value[i] * value[i]) * alpha;
+  }
 }
 
 template <typename T>
@@ -495,8 +508,8 @@ void add(T* sum, const T* value, int64_t count) {
 
 template <typename T>
 Kernels<T> make_kernels() {
-  return {Vector<T>::lanes,   rows_for(2),      rows_for(1),     &pack<T>, &outer_tile<T>,
-          &depthwise_tile<T>, &channel_sums<T>, &add_squares<T>, &add<T>};
+  return {Vector<T>::lanes,   rows_for(2),      rows_for(1),    &pack<T>, &outer_tile<T>,
+          &depthwise_tile<T>, &channel_sums<T>, &add_powers<T>, &add<T>};
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ struct Problem {
   int64_t x_stride[4];
   // Strides of out over (row, column, kernel line, kernel position).
   int64_t out_stride[4];
+  bool absolute;
 };
 
 // Positions [begin, end) of the output whose input index o * stride + offset lies in [0, size).
@@ -617,12 +618,13 @@ class Outer {
     if (depthwise_) {
       k_.depthwise_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line,
                          product.x_position, count, lines, positions, rows, out, p_.out_stride[0],
-                         alpha});
+                         alpha, p_.absolute});
       return;
     }
     k_.outer_tile({g, g_sample, g_line, g_position, x, x_sample, product.x_line, product.x_position,
                    count, lines, positions, rows, product.columns, out, p_.out_stride[0],
-                   product.out_column.empty() ? nullptr : product.out_column.data(), alpha});
+                   product.out_column.empty() ? nullptr : product.out_column.data(), alpha,
+                   p_.absolute});
   }
 
   // Entries of out that no product touches stay zero in the partial sums, and gaps between the
@@ -688,7 +690,7 @@ void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Te
   FF_CHECK(op, "grad", grad.scalar_type() == out.scalar_type(), "expected the dtype of out"); \
   FF_CHECK(op, "input", input.scalar_type() == out.scalar_type(), "expected the dtype of out")
 
-void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha) {
+void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha, int64_t power) {
   FF_CHECK_OPERANDS("linear_sum_grad_squared_");
   FF_CHECK("linear_sum_grad_squared_", "grad", grad.dim() == 3, "expected [N, T, O]");
   FF_CHECK("linear_sum_grad_squared_", "input",
@@ -697,7 +699,9 @@ void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alph
   FF_CHECK("linear_sum_grad_squared_", "out",
            out.dim() == 2 && out.size(0) == grad.size(2) && out.size(1) == input.size(2),
            "expected [O, I]");
+  FF_CHECK("linear_sum_grad_squared_", "power", is_power(power), "expected 1 or 2");
   Problem p{};
+  p.absolute = power == 1;
   p.samples = grad.size(0);
   p.groups = 1;
   p.rows = out.size(0);
@@ -717,7 +721,7 @@ void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alph
 
 void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                              int64_t groups, double alpha) {
+                              int64_t groups, double alpha, int64_t power) {
   FF_CHECK_OPERANDS("conv2d_sum_grad_squared_");
   FF_CHECK("conv2d_sum_grad_squared_", "grad", grad.dim() == 4, "expected [N, O, OH, OW]");
   FF_CHECK("conv2d_sum_grad_squared_", "input", input.dim() == 4 && input.size(0) == grad.size(0),
@@ -735,7 +739,9 @@ void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector
   FF_CHECK("conv2d_sum_grad_squared_", "out",
            out.dim() == 4 && out.size(0) == grad.size(1) && out.size(1) == input.size(1) / groups,
            "expected [O, C / groups, KH, KW]");
+  FF_CHECK("conv2d_sum_grad_squared_", "power", is_power(power), "expected 1 or 2");
   Problem p{};
+  p.absolute = power == 1;
   p.samples = grad.size(0);
   p.groups = groups;
   p.rows = out.size(0) / groups;

@@ -82,7 +82,12 @@ class ConvUse:
         return two and grad.shape[0] == samples.count
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         if "weight" in outs and self._is_plain(grad, samples):
             # What nearly all calls are, without the detours of the others.
@@ -96,16 +101,17 @@ class ConvUse:
                 dilation=self.dilation,
                 groups=self.groups,
                 alpha=alpha,
+                power=power,
             )
         elif "weight" in outs:
             out = outs["weight"]
             for tap, images in self._images(as_dtype(grad, out), samples):
                 entries = images.entries(out[:, :, tap] if len(self.stride) == 3 else out)
-                images.add_squares_(entries, alpha)
+                images.add_powers_(entries, alpha, power)
         if "bias" in outs:
             bias = outs["bias"]
             g = self._channels(as_dtype(grad, bias), samples)
-            ops.channel_sum_grad_squared_(None, bias, g, alpha=alpha)
+            ops.channel_sum_grad_squared_(None, bias, g, alpha=alpha, power=power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         if slot == "bias":

@@ -51,20 +51,25 @@ class ElementwiseUse:
         return self._positions(grad, samples), self._positions(factor, samples)
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         ((slot, out),) = outs.items()
         grad = as_dtype(grad, out)
         if not out.is_contiguous():
             each = self.per_sample(slot, grad, samples, slice(None))
-            out.add_(each.square_().sum(0), alpha=alpha)
+            out.add_(ops.powers_(each, power).sum(0), alpha=alpha)
             return
         g, factor = self._operands(grad, samples)
         flat = out.view(-1)
         if factor is None:
-            ops.channel_sum_grad_squared_(None, flat, g, alpha=alpha)
+            ops.channel_sum_grad_squared_(None, flat, g, alpha=alpha, power=power)
         else:
-            ops.channel_sum_grad_squared_(flat, None, g, factor, alpha=alpha)
+            ops.channel_sum_grad_squared_(flat, None, g, factor, alpha=alpha, power=power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         g, factor = self._operands(grad, samples)

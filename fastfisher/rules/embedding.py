@@ -29,12 +29,17 @@ class EmbeddingUse:
         return g, samples.split(self.index).reshape(samples.count, -1)
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         out = outs["weight"]
         g, index = self._positions(grad, samples)
         ops.embedding_sum_grad_squared_(
-            out, as_dtype(g, out), index, padding_index=self.padding_index, alpha=alpha
+            out, as_dtype(g, out), index, padding_index=self.padding_index, alpha=alpha, power=power
         )
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
@@ -82,10 +87,15 @@ class EmbeddingBagUse:
         return each.reshape(samples.count, -1, grad.shape[1]), index.reshape(samples.count, -1)
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         out = outs["weight"]
-        self.term("weight", as_dtype(grad, out), samples).add_squares_(out, alpha)
+        self.term("weight", as_dtype(grad, out), samples).add_powers_(out, alpha, power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         g, index = self._positions(grad, samples)

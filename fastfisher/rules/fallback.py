@@ -14,15 +14,16 @@ from ..reference import PerSampleLoss, sum_grad_squared_func, sum_grad_squared_l
 _CHUNK_ELEMENTS = 1 << 25
 
 
-def sum_grad_squared(
+def sum_grad_powers(
     model: nn.Module,
     inputs: Any,
     targets: Any,
     loss: PerSampleLoss,
     names: Sequence[str],
     count: int,
+    power: int,
 ) -> tuple[Mapping[str, Tensor], str]:
-    """Sums of squared per-sample gradients of ``names`` over one batch.
+    """Sums of ``|per-sample gradient| ** power`` of ``names`` over one batch.
 
     Returns:
         The sums, and which way they were computed: ``"torch.func"`` or ``"per-sample loop"``.
@@ -34,13 +35,15 @@ def sum_grad_squared(
     elements = sum(sizes[name].numel() for name in names)
     chunk = min(count, max(1, _CHUNK_ELEMENTS // max(1, elements)), 32)
     try:
-        sums = sum_grad_squared_func(model, inputs, targets, loss, names, chunk_size=chunk)
+        sums = sum_grad_squared_func(
+            model, inputs, targets, loss, names, chunk_size=chunk, power=power
+        )
         return sums, "torch.func"
     except Exception as first:
         try:
             with torch.enable_grad():
                 return (
-                    sum_grad_squared_loop(model, inputs, targets, loss, names),
+                    sum_grad_squared_loop(model, inputs, targets, loss, names, power=power),
                     "per-sample loop",
                 )
         except Exception as second:

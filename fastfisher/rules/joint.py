@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..recorder import Derived, SampleAxis, Use, View
 from .terms import Gather, Images, Outer, Term
 
@@ -41,14 +42,17 @@ class Occurrence:
         return self.use.views[self.slot]
 
 
-def add_jointly(total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float = 1.0) -> None:
-    """``total += alpha * sum_n (sum of the uses' gradients for sample n)**2``.
+def add_jointly(
+    total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float, power: int
+) -> None:
+    """``total += alpha * sum_n |sum of the uses' gradients for sample n| ** power``.
 
     Args:
         total: of the parameter's shape; float32 or float64.
         uses: every use of the parameter.
         count: samples.
-        alpha: factor of the added squares.
+        alpha: factor of what is added.
+        power: 1 or 2.
 
     Raises:
         CopyingView: before anything is added.
@@ -63,8 +67,8 @@ def add_jointly(total: Tensor, uses: Sequence[Occurrence], count: int, alpha: fl
         if term is None:
             break
         terms.append((term.entries(view), term))
-    if len(terms) < len(uses) or not _add_joined(terms, alpha):
-        _add_in_chunks(total, uses, count, alpha)
+    if len(terms) < len(uses) or not _add_joined(terms, alpha, power):
+        _add_in_chunks(total, uses, count, alpha, power)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -72,8 +76,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
-def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float) -> bool:
-    """Joins terms and adds their squares; False if they cannot be joined."""
+def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float, power: int) -> bool:
+    """Joins terms and adds their powers; False if they cannot be joined."""
     gathers = [term for _, term in terms if isinstance(term, Gather)]
     images = [term for _, term in terms if isinstance(term, Images)]
     # Rows of a table give the orientation, if there are any.
@@ -89,17 +93,17 @@ def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float) -> bool:
     if images:
         if len({term.geometry for term in images}) > 1:
             return False
-        images[0].joined(images[1:]).add_squares_(out, alpha)
+        images[0].joined(images[1:]).add_powers_(out, alpha, power)
     elif not gathers:
-        outers[0].joined(outers[1:]).add_squares_(out, alpha)
+        outers[0].joined(outers[1:]).add_powers_(out, alpha, power)
     elif not outers:
-        gathers[0].joined(gathers[1:]).add_squares_(out, alpha)
+        gathers[0].joined(gathers[1:]).add_powers_(out, alpha, power)
     else:
-        _add_tied(out, outers[0].joined(outers[1:]), gathers[0].joined(gathers[1:]), alpha)
+        _add_tied(out, outers[0].joined(outers[1:]), gathers[0].joined(gathers[1:]), alpha, power)
     return True
 
 
-def _add_tied(out: Tensor, outer: Outer, gather: Gather, alpha: float) -> None:
+def _add_tied(out: Tensor, outer: Outer, gather: Gather, alpha: float, power: int) -> None:
     """An embedding tied to an output layer, without anything of the size of N tables.
 
     A sample's gradient is the output layer's, except in the rows of its own tokens, where the
@@ -120,11 +124,13 @@ def _add_tied(out: Tensor, outer: Outer, gather: Gather, alpha: float) -> None:
         touched = g.gather(2, index.unsqueeze(1).expand(-1, positions, -1))
         gradients = touched.transpose(1, 2) @ x + equal.to(direct.dtype) @ direct
         rest = g.scatter(2, index.unsqueeze(1).expand(-1, positions, -1), 0)
-        Outer(rest, x).add_squares_(out, alpha)
-        out.index_add_(0, index[first], gradients[first].square_(), alpha=alpha)
+        Outer(rest, x).add_powers_(out, alpha, power)
+        out.index_add_(0, index[first], ops.powers_(gradients[first], power), alpha=alpha)
 
 
-def _add_in_chunks(total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float) -> None:
+def _add_in_chunks(
+    total: Tensor, uses: Sequence[Occurrence], count: int, alpha: float, power: int
+) -> None:
     """Forms the gradients of as many samples as fit, all uses added."""
     step = max(1, _ELEMENTS // max(1, total.numel()))
     for start in range(0, count, step):
@@ -137,7 +143,7 @@ def _add_in_chunks(total: Tensor, uses: Sequence[Occurrence], count: int, alpha:
                 continue
             for row, value in zip(joint, each, strict=True):
                 use.view.replay(row).add_(value)
-        total.add_(joint.square_().sum(0), alpha=alpha)
+        total.add_(ops.powers_(joint, power).sum(0), alpha=alpha)
 
 
 def add_through_derived(
@@ -145,9 +151,10 @@ def add_through_derived(
     derived: Sequence[Derived],
     uses: Sequence[Occurrence],
     count: int,
-    alpha: float = 1.0,
+    alpha: float,
+    power: int,
 ) -> None:
-    """Adds the squares for parameters that are used through tensors derived from them.
+    """Adds the powers for parameters that are used through tensors derived from them.
 
     A few samples at a time, their gradients with respect to derived tensors are formed, and pulled
     back to the parameters by the chain rule, one sample after the other.
@@ -157,7 +164,8 @@ def add_through_derived(
         derived: every derived tensor between the uses and the parameters, oldest first.
         uses: every use of the parameters and of the derived tensors.
         count: samples.
-        alpha: factor of the added squares.
+        alpha: factor of what is added.
+        power: 1 or 2.
 
     Raises:
         CopyingView: before anything is added.
@@ -185,4 +193,4 @@ def add_through_derived(
                     if view.name in rows:
                         view.replay(rows[view.name]).add_(gradient)
             for name, total in totals.items():
-                total.add_(rows[name].square_(), alpha=alpha)
+                total.add_(ops.powers_(rows[name], power), alpha=alpha)

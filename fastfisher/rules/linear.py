@@ -28,16 +28,21 @@ class LinearUse:
         return samples.split(tensor).reshape(samples.count, -1, tensor.shape[-1])
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         g = self._positions(grad, samples)
         if "weight" in outs:
             out = outs["weight"].t() if self.transposed else outs["weight"]
             x = as_dtype(self._positions(self.input.detach(), samples), out)
-            ops.linear_sum_grad_squared_(out, as_dtype(g, out), x, alpha=alpha)
+            ops.linear_sum_grad_squared_(out, as_dtype(g, out), x, alpha=alpha, power=power)
         if "bias" in outs:
             bias = outs["bias"]
-            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, bias), alpha=alpha)
+            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, bias), alpha=alpha, power=power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
         g = self._positions(grad, samples)[part]

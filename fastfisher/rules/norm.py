@@ -68,14 +68,19 @@ class NormUse:
         return self._positions(grad, samples), x, self._statistic(self.mean, samples), scale
 
     def accumulate(
-        self, outs: Mapping[str, Tensor], grad: Tensor, samples: SampleAxis, alpha: float
+        self,
+        outs: Mapping[str, Tensor],
+        grad: Tensor,
+        samples: SampleAxis,
+        alpha: float,
+        power: int,
     ) -> None:
         like = next(iter(outs.values()))
         g, x, mean, scale = self._operands(grad, samples)
         weight = outs["weight"].view(-1) if "weight" in outs else None
         bias = outs["bias"].view(-1) if "bias" in outs else None
         if weight is None:
-            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, like), alpha=alpha)
+            ops.channel_sum_grad_squared_(None, bias, as_dtype(g, like), alpha=alpha, power=power)
             return
         ops.channel_sum_grad_squared_(
             weight,
@@ -85,6 +90,7 @@ class NormUse:
             None if mean is None else as_dtype(mean, like),
             as_dtype(scale, like),
             alpha=alpha,
+            power=power,
             **self._passed_on(grad, like, samples),
         )
 

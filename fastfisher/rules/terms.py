@@ -41,9 +41,9 @@ class Outer:
             self, grad=grad, input=torch.cat([self.input, *(t.input for t in others)], 1)
         )
 
-    def add_squares_(self, out: Tensor, alpha: float) -> None:
-        """Adds ``alpha`` times the summed squares."""
-        ops.linear_sum_grad_squared_(out, self.grad, self.input, alpha=alpha)
+    def add_powers_(self, out: Tensor, alpha: float, power: int) -> None:
+        """Adds ``alpha`` times the sum over samples of ``|g_n| ** power``."""
+        ops.linear_sum_grad_squared_(out, self.grad, self.input, alpha=alpha, power=power)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Gather:
         grad = torch.cat([self.grad, *(term.grad for term in others)], 1)
         return Gather(grad, torch.cat([self.index, *(term.index for term in others)], 1))
 
-    def add_squares_(self, out: Tensor, alpha: float) -> None:
-        """Adds ``alpha`` times the summed squares."""
-        ops.embedding_sum_grad_squared_(out, self.grad, self.index, alpha=alpha)
+    def add_powers_(self, out: Tensor, alpha: float, power: int) -> None:
+        """Adds ``alpha`` times the sum over samples of ``|g_n| ** power``."""
+        ops.embedding_sum_grad_squared_(out, self.grad, self.index, alpha=alpha, power=power)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Images:
             self, grad=grad, input=torch.cat([self.input, *(t.input for t in others)], 1)
         )
 
-    def add_squares_(self, out: Tensor, alpha: float) -> None:
-        """Adds ``alpha`` times the summed squares."""
+    def add_powers_(self, out: Tensor, alpha: float, power: int) -> None:
+        """Adds ``alpha`` times the sum over samples of ``|g_n| ** power``."""
         grad, x, pad_h = self.grad, self.input, self.padding[0]
         if grad.shape[1] == 1:
             grad, x = grad.squeeze(1), x.squeeze(1)
@@ -122,6 +122,7 @@ class Images:
             dilation=self.dilation,
             groups=self.groups,
             alpha=alpha,
+            power=power,
         )
 
 

@@ -55,8 +55,8 @@ def _cells(row: Row) -> list[str]:
     if row.ratio is not None:
         spread = f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
     return [
-        row.contender,
-        row.status if row.status != "ok" else _number(row.time_ms, ".2f"),
+        row.contender if row.status != "inexact" else f"{row.contender} (inexact)",
+        row.status if row.time_ms is None else _number(row.time_ms, ".2f"),
         spread or "-",
         str(row.rounds) if row.rounds else "-",
         _number(row.peak_mb, ".1f"),
@@ -71,13 +71,13 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _against_rivals(rows: Sequence[Row]) -> list[str]:
-    """One line that says how much faster ours is than each rival that got a time."""
-    ratios = {row.contender: row.ratio for row in rows if row.ratio is not None}
+    """One line that says how much faster ours is than each rival that is right."""
+    ratios = {row.contender: row.ratio for row in rows if row.ratio and row.status == "ok"}
     ours = ratios.pop(OURS, None)
     ratios.pop(PLAIN, None)
     if ours is None or not ratios:
         return []
-    parts = [f"{ratio / ours:.2f}x {name}" for name, ratio in ratios.items() if ratio is not None]
+    parts = [f"{ratio / ours:.2f}x {name}" for name, ratio in ratios.items()]
     return [f"speed of {OURS}: " + ", ".join(parts)]
 
 
@@ -157,7 +157,9 @@ def markdown(environment: Environment, command: str, rows: Sequence[Row]) -> str
 
 
 def _multiple(row: Row) -> str:
-    return row.status if row.ratio is None else f"{row.ratio:.2f}x"
+    if row.ratio is None:
+        return row.status
+    return f"{row.ratio:.2f}x" + (" (inexact)" if row.status == "inexact" else "")
 
 
 def update_readme(path: Path, table: str) -> None:
@@ -205,6 +207,8 @@ def draw(path: Path, environment: Environment, command: str, rows: Sequence[Row]
                 length = row.ratio or 0.0
                 axis.barh(position, length, color=color, height=0.7)
                 text = f" {length:.2f}" if row.ratio is not None else f"  {_reason(row)}"
+                if row.status == "inexact":
+                    text += f" (inexact: relative error {row.max_rel_error:.0e})"
                 axis.text(length, position, text, va="center", fontsize=8)
             axis.axvline(1.0, color="black", linestyle="--", linewidth=1)
             axis.set_yticks(range(len(shown)), [row.contender for row in shown], fontsize=8)
@@ -227,10 +231,9 @@ def draw(path: Path, environment: Environment, command: str, rows: Sequence[Row]
 
 
 def _reason(row: Row) -> str:
-    if row.status == "wrong":
-        error = row.max_rel_error
-        known = error is not None and math.isfinite(error)
-        return f"wrong: relative error {error:.1e}" if known else f"wrong: {row.note}"[:90]
+    error = row.max_rel_error
+    if row.status == "wrong" and error is not None and math.isfinite(error):
+        return f"wrong: relative error {error:.1e}"
     return f"{row.status}: {row.note}"[:90]
 
 

@@ -7,80 +7,21 @@ only. ``prepare`` owns the model it is given and must be importable by name (no 
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 
+from benchmarks import libraries
+from benchmarks.contender import NO_OPTIONS, Call, Options, Rival, Values
 from benchmarks.registry import Problem
 from fastfisher.reference import sum_grad_squared_func, sum_grad_squared_loop
 
-Values = Mapping[str, Tensor]
-Options = Mapping[str, int]
-"""A rival's own settings; :func:`benchmarks.measure.fastest_options` picks them."""
-
-NO_OPTIONS: Options = {}
-
-
-def _nothing() -> None:
-    return None
-
-
-def _as_values(outcome: Values) -> Values:
-    return outcome
-
-
-def _no_note(_outcome: object) -> str:
-    return ""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One contender, ready to run on one problem.
-
-    Attributes:
-        run: the timed part; may be called any number of times.
-        read: gives the values per parameter from what ``run`` returned; called before ``reset``.
-        reset: puts the model back and frees what ``run`` left on it; not timed.
-        note: what the table should say about this run, from what ``run`` returned.
-    """
-
-    run: Callable[[], Values]
-    read: Callable[[Values], Values] = _as_values
-    reset: Callable[[], None] = _nothing
-    note: Callable[[Values], str] = _no_note
-
-
-def _only_defaults(_problem: Problem) -> Iterable[Options]:
-    return (NO_OPTIONS,)
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A contender.
-
-    Attributes:
-        name: how the command line calls it.
-        title: one line for people.
-        prepare: ``(problem, options) -> Call``.
-        quantity: what it computes, and so what it is checked against: ``"sum_grad_squared"`` or
-            ``"gradient"`` (of the summed loss: the plain pass).
-        candidates: options to try, in order; the fastest compete.
-        install: the command that provides its library.
-    """
-
-    name: str
-    title: str
-    prepare: Callable[[Problem, Options], Call]
-    quantity: str = "sum_grad_squared"
-    candidates: Callable[[Problem], Iterable[Options]] = _only_defaults
-    install: str = ""
+__all__ = ["NO_OPTIONS", "PLAIN", "RIVALS", "Call", "Options", "Rival", "Values"]
 
 
 def _plain(problem: Problem, _options: Options) -> Call:
@@ -113,17 +54,33 @@ def _fisher_diag(problem: Problem, _options: Options) -> Call:
 
 
 def _torch_func(problem: Problem, options: Options) -> Call:
+    return _by_chunks(problem, sum_grad_squared_func, options.get("chunk_size"))
+
+
+def _torch_func_compiled(problem: Problem, options: Options) -> Call:
+    # Every chunk size is a graph of its own: with symbolic sizes the C++ is slower.
+    compiled = torch.compile(sum_grad_squared_func, dynamic=False)
+    return _by_chunks(problem, compiled, options.get("chunk_size"))
+
+
+def _by_chunks(
+    problem: Problem, sum_grad_squared: Callable[..., dict[str, Tensor]], chunk_size: int | None
+) -> Call:
+    inputs, targets, names = problem.inputs, problem.targets, problem.names
+    step = chunk_size or inputs.shape[0]
+    chunks = list(zip(inputs.split(step), targets.split(step), strict=True))
+
     def run() -> Values:
+        totals: dict[str, Tensor] = {}
         # vmap has no rule for the CPU's fused attention and falls back to a loop: 1.4x slower.
-        with sdpa_kernel(SDPBackend.MATH):
-            return sum_grad_squared_func(
-                problem.model,
-                problem.inputs,
-                problem.targets,
-                problem.loss.per_sample,
-                problem.names,
-                chunk_size=options.get("chunk_size"),
-            )
+        # It has none for BatchNorm in eval mode either, and warns.
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for x, y in chunks:
+                part = sum_grad_squared(problem.model, x, y, problem.loss.per_sample, names)
+                for name, value in part.items():
+                    totals[name] = totals[name].add_(value) if name in totals else value
+        return totals
 
     return Call(run)
 
@@ -155,50 +112,6 @@ def _loop(problem: Problem, _options: Options) -> Call:
     return Call(run)
 
 
-def _backpack(problem: Problem, options: Options) -> Call:
-    # Loaded by name: nothing here may need BackPACK for its type hints. Without opt_einsum,
-    # torch.einsum contracts BackPACK's four-operand expression for sequences left to right and
-    # builds N x S x D1 x D2 numbers; it is no dependency of BackPACK, but only fair to have.
-    importlib.import_module("opt_einsum")
-    backpack = importlib.import_module("backpack")
-    extensions = importlib.import_module("backpack.extensions")
-    convnd = importlib.import_module("backpack.core.derivatives.convnd")
-
-    model = backpack.extend(problem.model)
-    summed = backpack.extend(problem.loss.summed())
-    save_memory = bool(options.get("save_memory", 0))
-
-    def run() -> Values:
-        # BackPACK warns of each layer it has no rule for; the check names those parameters.
-        with (
-            warnings.catch_warnings(),
-            convnd.weight_jac_t_save_memory(save_memory),
-            backpack.backpack(extensions.SumGradSquared()),
-        ):
-            warnings.simplefilter("ignore")
-            summed(model(problem.inputs), problem.targets).backward()
-        return {}
-
-    def read(_outcome: Values) -> Values:
-        named = model.named_parameters()
-        return {n: p.sum_grad_squared for n, p in named if hasattr(p, "sum_grad_squared")}
-
-    def reset() -> None:
-        model.zero_grad(set_to_none=True)
-        for p in model.parameters():
-            if hasattr(p, "sum_grad_squared"):
-                del p.sum_grad_squared
-
-    return Call(run, read, reset)
-
-
-def _backpack_modes(problem: Problem) -> Iterable[Options]:
-    """BackPACK has two ways through a convolution; which is faster depends on the layers."""
-    if any(isinstance(m, _ConvNd) for m in problem.model.modules()):
-        yield {"save_memory": 0}
-        yield {"save_memory": 1}
-
-
 PLAIN = "plain"
 """The unit: every ratio is to this contender."""
 
@@ -218,13 +131,58 @@ RIVALS: dict[str, Rival] = {
             _torch_func,
             candidates=_chunk_sizes,
         ),
+        Rival(
+            "torch_func_whole",
+            "the same with all samples of the batch at once, as tutorials write it",
+            _torch_func,
+        ),
+        Rival(
+            "torch_func_compiled",
+            "the same under torch.compile, at the chunk size that is fastest without",
+            _torch_func_compiled,
+            candidates=_chunk_sizes,
+            trial=_torch_func,
+        ),
         Rival("loop", "one backward pass per sample", _loop),
         Rival(
             "backpack",
             "BackPACK SumGradSquared, with opt_einsum, at its faster convolution mode",
-            _backpack,
-            candidates=_backpack_modes,
+            libraries.backpack,
+            candidates=libraries.backpack_modes,
             install="pip install backpack-for-pytorch opt_einsum",
+        ),
+        Rival(
+            "nngeometry",
+            "NNGeometry, diagonal of the loss gradients' covariance, at its faster convolution",
+            libraries.nngeometry,
+            candidates=libraries.nngeometry_modes,
+            install="pip install nngeometry",
+        ),
+        Rival(
+            "opacus",
+            "Opacus per-sample gradients by its own rules, then square and sum",
+            libraries.opacus_hooks,
+            install="pip install opacus",
+        ),
+        Rival(
+            "opacus_functorch",
+            "Opacus per-sample gradients by vmap of each layer, then square and sum",
+            libraries.opacus_functorch,
+            install="pip install opacus",
+        ),
+        Rival(
+            "kronfluence",
+            'kronfluence, strategy "diagonal"',
+            libraries.kronfluence,
+            candidates=libraries.kronfluence_modes,
+            install="pip install kronfluence",
+        ),
+        Rival(
+            "asdl",
+            "ASDL, empirical Fisher, diagonal; inexact: tokens and small maps count as samples",
+            libraries.asdl,
+            install="pip install asdfghjkl",
+            inexact=True,
         ),
     )
 }

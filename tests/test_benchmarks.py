@@ -81,11 +81,26 @@ def rows_of(*rivals: Rival, settings: Settings = FAST) -> dict[str, Row]:
 # Correctness before time
 
 
+LIBRARIES = {
+    "backpack": "backpack",
+    "nngeometry": "nngeometry",
+    "opacus": "opacus",
+    "opacus_functorch": "opacus",
+    "kronfluence": "kronfluence",
+    "asdl": "asdl",
+}
+OWN = [rival for name, rival in RIVALS.items() if name not in LIBRARIES]
+
+
+def available(name: str) -> Rival:
+    if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name]) is None:
+        pytest.skip(f"{LIBRARIES[name]} is not installed")
+    return RIVALS[name]
+
+
 @pytest.mark.parametrize("layout", TINY.layouts)
 def test_every_contender_is_right_and_gets_a_time_in_every_column(layout: str) -> None:
-    backpack = importlib.util.find_spec("backpack")
-    rivals = [rival for rival in RIVALS.values() if backpack or rival.name != "backpack"]
-    rows = measure_case(TINY, layout, rivals, FAST)
+    rows = measure_case(TINY, layout, OWN, FAST)
     for row in rows:
         assert row.status == "ok", row
         assert row.max_rel_error is not None and 0 < row.max_rel_error < 1e-5
@@ -96,13 +111,58 @@ def test_every_contender_is_right_and_gets_a_time_in_every_column(layout: str) -
     assert rows[0].contender == PLAIN and rows[0].ratio == 1.0
 
 
+def no_norm_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 4)
+    )
+
+
+def token_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(7, 6), nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 4)
+    )
+
+
+def token_inputs(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(7, (batch, 3), generator=generator)
+    return tokens, torch.randint(4, (batch,), generator=generator)
+
+
+NO_NORM = replace(TINY, build=no_norm_net)
+TOKENS = Case("tokens", "a test", token_net, token_inputs, batch=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "status", "reason"),
+    [
+        ("backpack", TINY, "ok", ""),
+        ("backpack", TOKENS, "ok", ""),
+        ("nngeometry", TINY, "ok", ""),
+        ("nngeometry", TOKENS, "failed", "I do not know what to do with layer Embedding(7, 6)"),
+        ("opacus", TINY, "failed", "BatchNorm2d"),
+        ("opacus", NO_NORM, "ok", ""),
+        ("opacus", TOKENS, "ok", ""),
+        ("opacus_functorch", TINY, "failed", "BatchNorm2d"),
+        ("opacus_functorch", TOKENS, "ok", ""),
+        ("kronfluence", TINY, "incomplete", "no value for 1.weight, 1.bias"),
+        ("kronfluence", NO_NORM, "ok", ""),
+        ("asdl", NO_NORM, "ok", ""),
+        ("asdl", TOKENS, "inexact", "worst: "),
+    ],
+)
+def test_what_each_library_gives(name: str, case: Case, status: str, reason: str) -> None:
+    (row,) = measure_case(case, case.layouts[0], [available(name)], FAST)
+    assert row.status == status and reason in row.note, row
+    assert (row.time_ms is None) == (status in ("failed", "incomplete"))
+    assert (status == "ok") == (row.max_rel_error is not None and row.max_rel_error < 1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "least", "complaint"),
     [
         (lambda v: {n: 1.002 * t for n, t in v.items()}, 0.00199, "worst: "),
         (lambda v: {**v, "5.bias": -v["5.bias"]}, 1.99, "worst: 5.bias"),
         (lambda v: {**v, "1.weight": math.nan * v["1.weight"]}, math.inf, "worst: 1.weight"),
-        (lambda v: {n: t for n, t in v.items() if n != "0.bias"}, math.inf, "no value for 0.bias"),
         (lambda v: {**v, "5.weight": v["5.weight"].T}, math.inf, "5.weight has the wrong shape"),
     ],
 )
@@ -116,6 +176,21 @@ def test_a_wrong_contender_is_shown_with_its_error_and_without_a_time(
     assert complaint in row.note
     assert row.time_ms is None and row.ratio is None and row.rounds == 0
     assert seen == [measure.CHECK_SAMPLES], "it ran after it was found wrong"
+
+
+def test_a_contender_that_leaves_a_parameter_out_is_incomplete() -> None:
+    rival, seen = forged(lambda v: {n: t for n, t in v.items() if n != "0.bias"})
+    row = rows_of(RIVALS[PLAIN], rival)["forged"]
+    assert (row.status, row.note) == ("incomplete", "no value for 0.bias")
+    assert row.max_rel_error == math.inf and row.time_ms is None
+    assert seen == [measure.CHECK_SAMPLES], "it ran after it was found incomplete"
+
+
+def test_one_that_is_inexact_by_design_gets_a_time_beside_its_error() -> None:
+    rival, _ = forged(lambda v: {n: 3 * t for n, t in v.items()})
+    row = rows_of(RIVALS[PLAIN], replace(rival, inexact=True))["forged"]
+    assert row.status == "inexact" and row.time_ms is not None and row.ratio is not None
+    assert row.max_rel_error == pytest.approx(2, rel=1e-5)
 
 
 def test_an_error_within_tolerance_is_printed_and_timed() -> None:
@@ -164,19 +239,31 @@ def test_a_plain_pass_without_all_gradients_is_no_unit() -> None:
         return call
 
     rows = rows_of(replace(RIVALS[PLAIN], prepare=prepare), RIVALS["loop"])
-    assert rows[PLAIN].status == "wrong" and "0.weight" in rows[PLAIN].note
+    assert rows[PLAIN].status == "incomplete" and "0.weight" in rows[PLAIN].note
     assert rows["loop"].time_ms is not None and rows["loop"].ratio is None
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_reset_leaves_nothing_on_the_model(name: str) -> None:
-    pytest.importorskip("backpack" if name == "backpack" else "torch")
-    problem = TINY.problem("nchw", 3)
-    call = RIVALS[name].prepare(problem, {})
-    assert set(call.read(call.run())) == set(problem.names)
+    rival, problem = available(name), NO_NORM.problem("nchw", 3)
+    names = set(problem.names)
+    call = rival.prepare(problem, {})
+    assert set(call.read(call.run())) == names
     call.reset()
+    for module in problem.model.modules():
+        assert not hasattr(module, "fisher")
     for p in problem.model.parameters():
         assert p.grad is None and not hasattr(p, "sum_grad_squared")
+        assert getattr(p, "grad_sample", None) is None
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_second_run_gives_the_same(name: str) -> None:
+    call = available(name).prepare(NO_NORM.problem("nchw", 3), {})
+    first = {n: v.clone() for n, v in call.read(call.run()).items()}
+    call.reset()
+    for key, value in call.read(call.run()).items():
+        torch.testing.assert_close(value, first[key])
 
 
 def test_a_case_that_cannot_be_built_gives_rows_that_say_so() -> None:
@@ -280,24 +367,58 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     assert timings["other"].ratios == [2.0] * 5
 
 
-def test_the_fastest_options_compete(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_tried_until_a_clearly_slower_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     tried: list[int] = []
 
     def prepare(problem: Problem, options: Options) -> Call:
         def work() -> Values:
             tried.append(options["chunk_size"])
-            now[0] += {4: 3.0, 8: 2.0, 16: 2.5, 32: 1.0}[options["chunk_size"]]
+            if options["chunk_size"] == 8:
+                raise RuntimeError("not with 8")
+            now[0] += {4: 3.0, 16: 2.0, 32: 2.5, 64: 1.0}[options["chunk_size"]]
             return {}
 
         return Call(work)
 
     monkeypatch.setattr(measure, "perf_counter", lambda: now[0])
-    rival = Rival(
-        "r", "", prepare, candidates=lambda p: [{"chunk_size": size} for size in (4, 8, 16, 32)]
-    )
-    assert measure.fastest_options(rival, TINY.problem("nchw", 2)) == {"chunk_size": 8}
-    assert tried == [4, 8, 16], "the search ends at a clearly slower candidate"
+    options = [{"chunk_size": size} for size in (4, 8, 16, 32, 64)]
+    rival = Rival("r", "", prepare, candidates=lambda p: options)
+    by_speed = measure.by_speed(rival, TINY.problem("nchw", 2))
+    assert [o["chunk_size"] for o in by_speed] == [16, 32, 4]
+    assert tried == [4, 8, 16, 32]
+    with pytest.raises(RuntimeError, match="not with 8"):
+        measure.by_speed(
+            replace(rival, candidates=lambda p: 2 * options[1:2]), TINY.problem("nchw", 2)
+        )
+
+
+def test_options_are_tried_on_the_trial_where_there_is_one() -> None:
+    def slow_to_prepare(problem: Problem, options: Options) -> Call:
+        pytest.fail("it was prepared")
+
+    honest = RIVALS["torch_func"]
+    rival = replace(honest, prepare=slow_to_prepare, trial=honest.prepare)
+    by_speed = measure.by_speed(rival, TINY.problem("nchw", 8))
+    assert {o["chunk_size"] for o in by_speed} <= {4, 8} and by_speed
+
+
+def test_the_fastest_options_that_are_right_compete() -> None:
+    def prepare(problem: Problem, options: Options) -> Call:
+        honest = RIVALS["loop"].prepare(problem, options)
+
+        def run() -> Values:
+            return honest.run() if options["right"] else {n: 0 * v for n, v in right.items()}
+
+        right = honest.run()
+        return Call(run)
+
+    rival = Rival("r", "", prepare, candidates=lambda p: [{"right": 0}, {"right": 1}])
+    row = rows_of(RIVALS[PLAIN], rival)["r"]
+    assert (row.status, row.note) == ("ok", "right 1")
+    never = replace(rival, candidates=lambda p: [{"right": 0}, {"right": -0}])
+    row = rows_of(RIVALS[PLAIN], never)["r"]
+    assert row.status == "wrong" and row.note.endswith("right 0")
 
 
 def test_chunk_sizes_double_up_to_the_batch() -> None:

@@ -36,6 +36,8 @@ class Outer:
 
     def joined(self, others: Sequence[Outer]) -> Outer:
         """The sum of this term and ``others``, over the same entries."""
+        if not others:
+            return self
         grad = torch.cat([self.grad, *(term.grad for term in others)], 1)
         return replace(
             self, grad=grad, input=torch.cat([self.input, *(t.input for t in others)], 1)
@@ -59,6 +61,8 @@ class Gather:
 
     def joined(self, others: Sequence[Gather]) -> Gather:
         """The sum of this term and ``others``, over the same entries."""
+        if not others:
+            return self
         grad = torch.cat([self.grad, *(term.grad for term in others)], 1)
         return Gather(grad, torch.cat([self.index, *(term.index for term in others)], 1))
 
@@ -94,6 +98,8 @@ class Images:
 
     def joined(self, others: Sequence[Images]) -> Images:
         """The sum of this term and ``others``, over the same entries and of the same geometry."""
+        if not others:
+            return self
         grad = torch.cat([self.grad, *(term.grad for term in others)], 1)
         return replace(
             self, grad=grad, input=torch.cat([self.input, *(t.input for t in others)], 1)

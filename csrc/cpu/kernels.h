@@ -70,10 +70,14 @@ struct Kernels {
   // in one vector.
   int64_t max_rows, max_rows_narrow;
   // dst[t * ld + r] = src[r * row_stride + t * position_stride], r < rows, t < positions. May write
-  // whole vectors: up to 2 * vector_lanes elements from dst[(positions - 1) * ld] on. `following`
-  // more positions are there in src, and are packed by later calls.
+  // whole vectors: up to 2 * vector_lanes elements from dst[(positions - 1) * ld] on.
   void (*pack)(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,
-               int64_t rows, int64_t positions, int64_t following);
+               int64_t rows, int64_t positions);
+  // dst[p * panel_stride + t * width + r] = src[t * position_stride + p * width + r], a position
+  // after the other, for the panels p of `width` that `channels` take; the last may be narrower.
+  // Writes no element that is not there.
+  void (*pack_across)(T* dst, int64_t panel_stride, int64_t width, const T* src,
+                      int64_t position_stride, int64_t channels, int64_t positions);
   void (*outer_tile)(const OuterTile<T>&);
   void (*depthwise_tile)(const DepthwiseTile<T>&);
   void (*channel_sums)(const ChannelSums<T>&);

@@ -82,7 +82,7 @@ void pack_scalar(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t p
 
 template <typename T>
 void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position_stride,
-          int64_t rows, int64_t positions, int64_t following) {
+          int64_t rows, int64_t positions) {
   constexpr int L = Vector<T>::lanes;
   if (row_stride == 1 && ld == rows && position_stride == rows) {
     __builtin_memcpy(dst, src, positions * rows * sizeof(T));
@@ -92,8 +92,7 @@ void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position
     // Whole vectors, but for the last positions, where they would reach past the end of src or dst.
     const int64_t width = rows > L ? 2 * L : L;
     const int64_t step = position_stride < ld ? position_stride : ld;
-    int64_t exact = step > 0 ? (width - rows + step - 1) / step : positions;
-    if (step > 0) exact = exact > following ? exact - following : 0;
+    const int64_t exact = step > 0 ? (width - rows + step - 1) / step : positions;
     int64_t t = 0;
     for (; t < positions - exact; ++t) {
       const T* from = src + t * position_stride;
@@ -134,6 +133,40 @@ void pack(T* dst, int64_t ld, const T* src, int64_t row_stride, int64_t position
     }
   }
   pack_scalar(dst, ld, src, row_stride, 1, rows, whole, positions);
+}
+
+template <typename T>
+void pack_across(T* dst, int64_t panel_stride, int64_t width, const T* src, int64_t position_stride,
+                 int64_t channels, int64_t positions) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t whole = channels / width;
+  const int64_t rest = channels - whole * width;
+  // A store of whole vectors spills into the next position's entries, which come later; a load
+  // reads the next channels'. At the end there is neither.
+  const int64_t step = position_stride < width ? position_stride : width;
+  const int64_t spill = (width > L ? 2 * L : L) - width;
+  const int64_t exact = step <= 0 || spill < 0 ? positions : (spill + step - 1) / step;
+  int64_t t = 0;
+  for (; t < positions - exact; ++t) {
+    const T* from = src + t * position_stride;
+    T* to = dst + t * width;
+    if (width > L) {
+      for (int64_t p = 0; p < whole; ++p, from += width, to += panel_stride) {
+        const auto low = load(from);
+        store(to + L, load(from + L));
+        store(to, low);
+      }
+    } else {
+      for (int64_t p = 0; p < whole; ++p, from += width, to += panel_stride) store(to, load(from));
+    }
+    __builtin_memcpy(to, from, rest * sizeof(T));
+  }
+  for (; t < positions; ++t) {
+    for (int64_t c = 0; c < channels; c += width) {
+      __builtin_memcpy(dst + c / width * panel_stride + t * width, src + t * position_stride + c,
+                       (channels - c < width ? channels - c : width) * sizeof(T));
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -508,8 +541,8 @@ void add(T* sum, const T* value, int64_t count) {
 
 template <typename T>
 Kernels<T> make_kernels() {
-  return {Vector<T>::lanes,   rows_for(2),      rows_for(1),    &pack<T>, &outer_tile<T>,
-          &depthwise_tile<T>, &channel_sums<T>, &add_powers<T>, &add<T>};
+  return {Vector<T>::lanes, rows_for(2),        rows_for(1),      &pack<T>,       &pack_across<T>,
+          &outer_tile<T>,   &depthwise_tile<T>, &channel_sums<T>, &add_powers<T>, &add<T>};
 }
 
 }  // namespace

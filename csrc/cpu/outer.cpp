@@ -28,16 +28,14 @@ constexpr int64_t kBlockBytes = int64_t{1} << 20;
 constexpr int64_t kThreadBlockBytes = int64_t{1} << 19;
 // The sums of a part of the samples should stay there too.
 constexpr int64_t kPartialBytes = int64_t{1} << 16;
-// Enough parts that threads finish together; a constant, never the number of threads.
+// Parts that samples are shared in, at most, at least, and by how many positions a part should
+// have: constants, never the number of threads.
 constexpr int64_t kParts = 16;
-// Positions that a part must have, so that to clear and to add its sums is little beside its work.
-constexpr int64_t kPartWork = 128;
+constexpr int64_t kFewestParts = 4;
+constexpr int64_t kPartWork = 1024;
 // Positions farther apart compete for the same sets of the first-level cache: not worth reading in
 // place. Measured with 64 channels of float32: half the speed.
 constexpr int64_t kInPlaceBytes = 128;
-// Positions packed at once where panels share cache lines; fewer than the ways of a first-level
-// cache.
-constexpr int64_t kPositionsAcross = 8;
 // Where there are so many panels of rows, threads share them; a task has a few, a constant number
 // that does not depend on the threads.
 constexpr int64_t kManyPanels = 32;
@@ -132,9 +130,11 @@ class Outer {
     if (p_.out_height * p_.out_width == 0) return;
     // A view of a much larger tensor is not worth private sums.
     const int64_t entries = p_.groups * p_.rows * p_.columns * p_.kernel_height * p_.kernel_width;
-    const int64_t positions = p_.samples * p_.out_height * p_.out_width;
-    if (p_.samples > 1 && out_elements_ <= 2 * entries &&
-        out_elements_ * int64_t(sizeof(T)) <= kPartialBytes && positions >= kParts * kPartWork) {
+    // Nor are they where a part has so little work that to clear and to add them takes as long.
+    const int64_t work = p_.samples * p_.out_height * p_.out_width / kPartWork;
+    parts_ = std::min({kParts, p_.samples, work});
+    if (parts_ >= kFewestParts && out_elements_ <= 2 * entries &&
+        out_elements_ * int64_t(sizeof(T)) <= kPartialBytes) {
       run_by_samples();
     } else if (groups_ == 1 && row_panels_ >= kManyPanels) {
       run_by_rows();
@@ -222,7 +222,7 @@ class Outer {
   }
 
   void run_by_samples() {
-    const int64_t parts = std::min(kParts, p_.samples);
+    const int64_t parts = parts_;
     set_block(kThreadBlockBytes, ceil_div(p_.samples, parts));
     T* const partial =
         static_cast<T*>(Workspace::get<Scope::kCall>(parts * out_elements_ * sizeof(T)));
@@ -459,7 +459,7 @@ class Outer {
     }
   }
 
-  // All panels of an operand whose channels are contiguous, a few positions at a time: panels share
+  // Several panels of an operand whose channels are contiguous, position by position: panels share
   // cache lines, and positions far apart would drive each other out of the cache.
   void pack_across(T* to, int64_t panel_stride, int64_t width, const T* from, const int64_t* stride,
                    int64_t channels, int64_t lines, int64_t positions) const {
@@ -468,15 +468,8 @@ class Outer {
       lines = 1;
     }
     for (int64_t h = 0; h < lines; ++h) {
-      for (int64_t t = 0; t < positions; t += kPositionsAcross) {
-        const int64_t count = std::min(kPositionsAcross, positions - t);
-        const T* source = from + h * stride[2] + t * stride[3];
-        T* target = to + (h * positions + t) * width;
-        for (int64_t c = 0; c < channels; c += width, target += panel_stride) {
-          k_.pack(target, width, source + c, 1, stride[3], std::min(width, channels - c), count,
-                  positions - t - count);
-        }
-      }
+      k_.pack_across(to + h * positions * width, panel_stride, width, from + h * stride[2],
+                     stride[3], channels, positions);
     }
   }
 
@@ -498,15 +491,15 @@ class Outer {
     const int64_t lanes = k_.vector_lanes;
     const int64_t overrun = (rows > lanes ? 2 * lanes : lanes) - ld;
     if (overrun <= 0 || position_stride != 1) {
-      k_.pack(to, ld, from, row_stride, position_stride, rows, positions, 0);
+      k_.pack(to, ld, from, row_stride, position_stride, rows, positions);
       return;
     }
     const int64_t head = std::max<int64_t>(0, positions - ceil_div(overrun, ld)) / lanes * lanes;
-    if (head > 0) k_.pack(to, ld, from, row_stride, 1, rows, head, positions - head);
+    if (head > 0) k_.pack(to, ld, from, row_stride, 1, rows, head);
     T buffer[kMaxLanes * (2 * kMaxLanes + 4)];
     for (int64_t t = head; t < positions; t += lanes) {
       const int64_t count = std::min(lanes, positions - t);
-      k_.pack(buffer, ld, from + t, row_stride, 1, rows, count, 0);
+      k_.pack(buffer, ld, from + t, row_stride, 1, rows, count);
       std::copy(buffer, buffer + count * ld, to + t * ld);
     }
   }
@@ -660,7 +653,7 @@ class Outer {
   int64_t groups_ = 1, row_panel_ = 1, row_panels_ = 1, total_rows_ = 0;
   // Elements that one group of one sample takes when packed, and the bytes that it is read from.
   int64_t x_sample_ = 0, g_sample_ = 0, x_bytes_ = 0, g_bytes_ = 0;
-  int64_t block_ = 1, out_elements_ = 0;
+  int64_t block_ = 1, parts_ = 1, out_elements_ = 0;
   std::vector<Panel> panels_;
   std::vector<Product> products_;
 };

@@ -64,13 +64,11 @@ class Derived:
     def pull(self, grad: Tensor) -> list[tuple[View, Tensor]]:
         """One sample's gradient with respect to each source, given that to this tensor."""
         leaves = [leaf for leaf, _ in self.sources]
-        grads = torch.autograd.grad(
-            self.output,
-            leaves,
-            grad.to(self.output.dtype),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        # The gradient of a product: to pass `grad` itself makes torch import its symbolic shapes,
+        # a second and 60 MB.
+        with torch.enable_grad():
+            product = (self.output * grad.to(self.output.dtype)).sum()
+        grads = torch.autograd.grad(product, leaves, retain_graph=True, allow_unused=True)
         return [
             (view, each)
             for (_, view), each in zip(self.sources, grads, strict=True)

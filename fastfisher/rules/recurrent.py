@@ -2,7 +2,8 @@
 
 The fused functions of torch show no time step, so they are run as linear products and gates. The
 input's product is one linear call over all steps. The product with the hidden state is not known
-before the steps are: a tensor of zeros, added to it, collects its gradients of all steps.
+before the steps are: what it is added to, the input's product or zeros, collects its gradients of
+all steps.
 """
 
 from __future__ import annotations
@@ -19,32 +20,38 @@ from .common import bind, parameter_views, plain
 from .linear import LinearUse
 
 # (gates of the input, gates of the hidden state, state) -> state; a state starts with the hidden.
+# Where only the sum of the gates counts, it may come as the first, without a second.
 State = tuple[Tensor, ...]
-Step = Callable[[Tensor, Tensor, State], State]
+Step = Callable[[Tensor, Tensor | None, State], State]
 
 
-def _lstm(x: Tensor, h: Tensor, state: State) -> State:
-    i, f, g, o = (x + h).chunk(4, -1)
+def _sum(x: Tensor, h: Tensor | None) -> Tensor:
+    return x if h is None else x + h
+
+
+def _lstm(x: Tensor, h: Tensor | None, state: State) -> State:
+    i, f, g, o = _sum(x, h).chunk(4, -1)
     cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(cell), cell
 
 
-def _gru(x: Tensor, h: Tensor, state: State) -> State:
+def _gru(x: Tensor, h: Tensor | None, state: State) -> State:
+    assert h is not None
     (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), h.chunk(3, -1)
     new = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
     return (new + torch.sigmoid(x_z + h_z) * (state[0] - new),)
 
 
-def _rnn_tanh(x: Tensor, h: Tensor, state: State) -> State:
-    return (torch.tanh(x + h),)
+def _rnn_tanh(x: Tensor, h: Tensor | None, state: State) -> State:
+    return (torch.tanh(_sum(x, h)),)
 
 
-def _rnn_relu(x: Tensor, h: Tensor, state: State) -> State:
-    return (torch.relu(x + h),)
+def _rnn_relu(x: Tensor, h: Tensor | None, state: State) -> State:
+    return (torch.relu(_sum(x, h)),)
 
 
 class _StepwiseLinear:
-    """A linear layer applied step by step, recorded as one use."""
+    """``base[t] + linear(input of step t)``, recorded as one use; ``base [T, N, O]``."""
 
     def __init__(
         self,
@@ -52,22 +59,24 @@ class _StepwiseLinear:
         func: Function,
         weight: Tensor,
         bias: Tensor | None,
-        shape: tuple[int, int],
+        base: Tensor,
     ) -> None:
-        self.weight, self.bias = plain(recorder, weight), plain(recorder, bias)
+        self.transposed, b = plain(recorder, weight).t(), plain(recorder, bias)
         self.inputs: list[Tensor] = []
         views = parameter_views(recorder, {"weight": weight, "bias": bias}, ("weight", "bias"))
         self.use = LinearUse(views, range(2), weight) if views else None
-        self.zeros: Sequence[Tensor] = ()
-        if self.use is not None:
-            zeros = self.weight.new_zeros(*shape, len(weight))
-            self.zeros = recorder.record(func, self.use, [], lambda: zeros).unbind(0)
+
+        def compute() -> Tensor:
+            return base.view_as(base) if b is None else base + b
+
+        if self.use is None:
+            self.bases = compute().unbind(0)
+        else:
+            self.bases = recorder.record(func, self.use, [base], compute, saved=[]).unbind(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.use is not None:
-            y = y + self.zeros[len(self.inputs)]
-            self.inputs.append(x.detach())
+        y = torch.addmm(self.bases[len(self.inputs)], x, self.transposed)
+        self.inputs.append(x.detach())
         return y
 
     def finish(self) -> None:
@@ -88,15 +97,21 @@ def _layer(
     """One direction of one layer over ``x [T, N, I]``."""
     weight_x, weight_h, *rest = parameters
     bias_x, bias_h = (rest[0], rest[1]) if has_biases else (None, None)
-    steps = (x.shape[0], x.shape[1])
     with recorder:
-        gates = F.linear(x, weight_x, bias_x).unbind(0)
-    hidden = _StepwiseLinear(recorder, func, weight_h, bias_h, steps)
-    projected = len(rest) % 2 == 1
-    project = _StepwiseLinear(recorder, func, rest[-1], None, steps) if projected else None
+        gates = F.linear(x, weight_x, bias_x)
+
+    def zeros(width: int) -> Tensor:
+        return gates.new_zeros(x.shape[0], x.shape[1], width)
+
+    base = zeros(gates.shape[-1]) if step is _gru else gates
+    hidden = _StepwiseLinear(recorder, func, weight_h, bias_h, base)
+    project = None
+    if len(rest) % 2 == 1:
+        project = _StepwiseLinear(recorder, func, rest[-1], None, zeros(len(rest[-1])))
     outputs = []
-    for gate in gates:
-        state = step(gate, hidden(state[0]), state)
+    for gate in gates.unbind(0):
+        h = hidden(state[0])
+        state = step(gate, h, state) if step is _gru else step(h, None, state)
         if project is not None:
             state = (project(state[0]), *state[1:])
         outputs.append(state[0])

@@ -708,11 +708,17 @@ class _Batch:
     def _is_wanted(self, name: str) -> bool:
         return name in self.run.chosen and name not in self.reasons
 
-    @torch.no_grad()
     def _on_grad(self, site: Site, grad: Tensor) -> None:
+        """Adds what a site contributes; gradients are switched off, as in any backward pass."""
         roots = self.recorder.roots_of(site) if self.recorder.derived else site.names
         if not any([self._is_wanted(name) for name in roots]):
             return
+        samples = self._samples.get(id(site))
+        if samples is None:
+            raise RuntimeError(
+                f"the forward pass itself differentiates {site.function} with parameter "
+                f"{', '.join(site.names)}; its Fisher cannot be computed"
+            )
         site.check_saved()
         alone = {}
         for slot, view in site.use.views.items():
@@ -738,7 +744,6 @@ class _Batch:
             outs[slot] = out
             self._finished(name, site.function)
         if outs:
-            samples = self._samples[id(site)]
             site.use.accumulate(outs, grad, samples, self._weight, self.run.power)
         if not self._keep_graph and len(alone) == len(site.use.views):
             # As autograd frees what it saved: the activations need not wait for the end.

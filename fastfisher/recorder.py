@@ -13,6 +13,7 @@ parameter's own autograd node, which :mod:`fastfisher.fisher_diag` checks. So co
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -277,12 +278,12 @@ class Recorder(TorchFunctionMode):
             id(parameter): (parameter, View(name, parameter.shape))
             for name, parameter in self.parameters.items()
         }
-        self._storages = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in self.constants
-            if tensor.layout == torch.strided
-        }
         self._occurrences: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+
+    @functools.cached_property
+    def _storages(self) -> set[int]:
+        strided = [tensor for tensor in self.constants if tensor.layout == torch.strided]
+        return {tensor.untyped_storage().data_ptr() for tensor in strided}
 
     # -- for rules ---------------------------------------------------------------------------
 

@@ -252,3 +252,24 @@ def test_save_and_load(tmp_path: Path) -> None:
     path.write_bytes(b"no safetensors at all")
     with pytest.raises(ValueError, match="not a safetensors file"):
         FisherDiag.load(path)
+
+
+class _GradientPenalty(nn.Module):
+    """Differentiates its own forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            output = self.head(torch.tanh(self.hidden(x)))
+            (slope,) = torch.autograd.grad(output.sum(), [x], create_graph=True)
+        return output + slope.sum(1, keepdim=True)
+
+
+def test_a_model_that_differentiates_its_forward_pass_is_named() -> None:
+    batch = torch.randn(3, 4), torch.tensor([0, 2, 1])
+    with pytest.raises(RuntimeError, match="forward pass itself differentiates"):
+        fisher_diag(_GradientPenalty(), [batch])

@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 CHECK_SAMPLES = 5
 """Odd, so that no vector width or chunk size divides the batch of the check."""
 
-CHECK_CANDIDATES = 32
+CHECK_CANDIDATES = 64
 NUDGE = 4e-6
 """Relative change of the weights, a few times what rounding to float32 does to activations."""
 
@@ -139,7 +139,7 @@ def measure_case(
     try:
         problem = case.problem(layout, batch)
         status(f"{case.name} {layout}: choosing samples for the check")
-        small = case.problem(layout, CHECK_CANDIDATES).take(_samples_of_check(case))
+        small = case.check_problem(layout, CHECK_CANDIDATES).take(_samples_of_check(case))
     except Exception as error:
         for row in rows.values():
             row.fail(error)
@@ -181,7 +181,7 @@ def measure_case(
 @lru_cache
 def _samples_of_check(case: Case) -> list[int]:
     """The same samples in every layout."""
-    return steady_samples(case.problem(case.layouts[0], CHECK_CANDIDATES), CHECK_SAMPLES)
+    return steady_samples(case.check_problem(case.layouts[0], CHECK_CANDIDATES), CHECK_SAMPLES)
 
 
 def steady_samples(problem: Problem, count: int) -> list[int]:

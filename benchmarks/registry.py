@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.nets import SequenceMLP, Transformer
+from benchmarks.nets import (
+    CausalLM,
+    SequenceMLP,
+    Tagger,
+    Transformer,
+    resnet50,
+    torchvision_model,
+    vit_tiny,
+)
 from fastfisher.reference import PerSampleLoss
 
 SEED = 0
@@ -37,7 +45,9 @@ class Loss:
 
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target, reduction="none")
+    # With positions, [N, C, S], a sample's loss is their sum; targets of -100 count nothing.
+    values = F.cross_entropy(output, target, reduction="none")
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 CROSS_ENTROPY = Loss("cross_entropy", _cross_entropy, partial(nn.CrossEntropyLoss, reduction="sum"))
@@ -90,6 +100,8 @@ class Case:
         batch: samples in the timed batch.
         layouts: memory layouts to run; ``channels_last`` converts model and inputs.
         loss: the loss whose per-sample gradients are squared.
+        check_inputs: inputs of the check where those of the timed batch suit none: with millions
+            of activations a sample, some are always within rounding of a kink.
     """
 
     name: str
@@ -99,6 +111,11 @@ class Case:
     batch: int
     layouts: tuple[str, ...] = ("contiguous",)
     loss: Loss = CROSS_ENTROPY
+    check_inputs: Callable[[int, torch.Generator], tuple[Tensor, Tensor]] | None = None
+
+    def check_problem(self, layout: str, batch: int) -> Problem:
+        """The model with a batch that its contenders can be checked on."""
+        return replace(self, inputs=self.check_inputs or self.inputs).problem(layout, batch)
 
     def problem(self, layout: str, batch: int) -> Problem:
         """Build the model and a batch; the same ones at every call, in every process."""
@@ -123,10 +140,11 @@ def _settle_batch_norms(model: nn.Module, inputs: Tensor) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
+    model.eval()
     for norm in norms:
-        norm.momentum = 1.0
+        norm.train().momentum = 1.0
     with torch.no_grad():
-        model.train()(inputs)
+        model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -137,9 +155,16 @@ def _packaged_model(name: str) -> nn.Module:
     return build(name, num_classes=10, in_channels=3, image_size=32)
 
 
-def _images(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    inputs = torch.randn(batch, 3, 32, 32, generator=generator)
-    return inputs, torch.randint(10, (batch,), generator=generator)
+def _images(
+    batch: int, generator: torch.Generator, *, size: int, classes: int
+) -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(batch, 3, size, size, generator=generator)
+    return inputs, torch.randint(classes, (batch,), generator=generator)
+
+
+CIFAR = partial(_images, size=32, classes=10)
+TINY_IMAGENET = partial(_images, size=64, classes=200)
+IMAGENET = partial(_images, size=224, classes=1000)
 
 
 def _features(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -152,6 +177,20 @@ def _tokens(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(10, (batch,), generator=generator)
 
 
+def _next_tokens(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    text = torch.randint(4096, (batch, 65), generator=generator)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def _tagged_tokens(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sentences of 16 to 64 tokens, padded with token 0, whose target the loss ignores."""
+    tokens = torch.randint(1, 5000, (batch, 64), generator=generator)
+    tags = torch.randint(17, (batch, 64), generator=generator)
+    lengths = torch.randint(16, 65, (batch, 1), generator=generator)
+    padding = torch.arange(64) >= lengths
+    return tokens.masked_fill(padding, 0), tags.masked_fill(padding, -100)
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -159,7 +198,7 @@ CASES: dict[str, Case] = {
             "resnet20",
             "ResNet-20 (CIFAR), 3x32x32 images",
             partial(_packaged_model, "resnet20"),
-            _images,
+            CIFAR,
             batch=64,
             layouts=IMAGE_LAYOUTS,
         ),
@@ -167,8 +206,49 @@ CASES: dict[str, Case] = {
             "vgg16_bn",
             "VGG16 with BatchNorm (CIFAR), 3x32x32 images",
             partial(_packaged_model, "vgg16_bn"),
-            _images,
+            CIFAR,
             batch=64,
+            layouts=IMAGE_LAYOUTS,
+        ),
+        Case(
+            "resnet50",
+            "ResNet-50 (torchvision), 3x224x224 images, 1000 classes",
+            resnet50,
+            IMAGENET,
+            batch=4,
+            layouts=IMAGE_LAYOUTS,
+            check_inputs=partial(_images, size=32, classes=1000),
+        ),
+        Case(
+            "googlenet",
+            "GoogLeNet (torchvision, no auxiliary heads), 3x64x64 images, 200 classes",
+            partial(
+                torchvision_model,
+                "googlenet",
+                num_classes=200,
+                aux_logits=False,
+                init_weights=False,
+            ),
+            TINY_IMAGENET,
+            batch=32,
+            layouts=IMAGE_LAYOUTS,
+            check_inputs=partial(_images, size=32, classes=200),
+        ),
+        Case(
+            "densenet121",
+            "DenseNet-121 (torchvision), 3x64x64 images, 200 classes",
+            partial(torchvision_model, "densenet121", num_classes=200),
+            TINY_IMAGENET,
+            batch=32,
+            layouts=IMAGE_LAYOUTS,
+            check_inputs=partial(_images, size=32, classes=200),
+        ),
+        Case(
+            "vit_tiny",
+            "ViT-Tiny (torchvision), patches of 4x4 of 3x32x32 images",
+            vit_tiny,
+            CIFAR,
+            batch=32,
             layouts=IMAGE_LAYOUTS,
         ),
         Case(
@@ -183,6 +263,20 @@ CASES: dict[str, Case] = {
             "2 pre-norm encoder blocks, 64 tokens, dim 256, 4 heads, vocabulary 1000",
             Transformer,
             _tokens,
+            batch=16,
+        ),
+        Case(
+            "gpt",
+            "4 causal blocks, 64 tokens, dim 256, 4 heads, learned positions, tied head of 4096",
+            CausalLM,
+            _next_tokens,
+            batch=8,
+        ),
+        Case(
+            "lstm_tagger",
+            "Embedding, bidirectional 2-layer LSTM(128, 256), a tag a token, padding ignored",
+            Tagger,
+            _tagged_tokens,
             batch=16,
         ),
     )

@@ -62,6 +62,7 @@ class Rival:
         candidates: options to try, in order; the fastest that are right compete.
         trial: prepares what the options are tried on, if not the contender itself, which may take
             minutes to compile.
+        package: the distribution of its library, whose version rows state.
         install: the command that provides its library.
         inexact: by design it computes another number on some layers. It gets a time all the same,
             and is shown as inexact.
@@ -73,5 +74,6 @@ class Rival:
     quantity: str = "sum_grad_squared"
     candidates: Callable[[Problem], Iterable[Options]] = _only_defaults
     trial: Callable[[Problem, Options], Call] | None = None
+    package: str = ""
     install: str = ""
     inexact: bool = False

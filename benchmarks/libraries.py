@@ -175,7 +175,8 @@ def kronfluence(problem: Problem, options: Options) -> Call:
         def compute_measurement(self, batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
             return self.compute_train_loss(batch, model)
 
-    shapes = {name: p.shape for name, p in problem.model.named_parameters()}
+    named = problem.model.named_parameters(remove_duplicate=False)
+    shapes = {name: p.shape for name, p in named}
     dtype = next(problem.model.parameters()).dtype
     task = BatchLoss()
     model = analyzer.prepare_model(problem.model, task)

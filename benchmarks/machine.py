@@ -27,15 +27,21 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+# What the numbers come from. Results and prose may change between the parts of one measurement.
+_MEASURING = ("registry", "nets", "contender", "libraries", "rivals", "measure")
+_SOURCES = ("fastfisher", "csrc", "setup.py", *(f"benchmarks/{name}.py" for name in _MEASURING))
+
+
 def _commit() -> str:
-    """Short commit of the source tree, ``-dirty`` with uncommitted changes, or ``unknown``."""
+    """Short commit that last changed the sources, ``-dirty`` with changes since, or ``unknown``."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES)
+        commit = git("log", "-1", "--format=%h", "--", *_SOURCES) or "unknown"
+        return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

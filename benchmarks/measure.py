@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
@@ -310,6 +311,8 @@ def _check(row: Row, rival: Rival, options: Options, references: References) -> 
         row.add_note(about)
     row.add_note(", ".join(f"{name} {value}" for name, value in options.items()))
     row.add_note(call.note(outcome))
+    if rival.package:
+        row.add_note(f"{rival.package} {metadata.version(rival.package)}")
 
 
 def by_speed(rival: Rival, problem: Problem) -> list[Options]:

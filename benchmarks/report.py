@@ -23,6 +23,8 @@ OURS = "fisher_diag"
 COLUMNS = ("contender", "time ms", "x plain (IQR)", "rounds", "peak MB", "x plain", "max rel err")
 
 Environment = Mapping[str, str | int]
+Run = tuple[Environment, str, list[Row]]
+"""One stored measurement: where it was made, by which command, and its rows."""
 
 
 def header(environment: Environment) -> str:
@@ -56,17 +58,18 @@ def _cells(row: Row) -> list[str]:
         spread = f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
     return [
         row.contender if row.status != "inexact" else f"{row.contender} (inexact)",
-        row.status if row.time_ms is None else _number(row.time_ms, ".2f"),
+        row.status if row.time_ms is None else number(row.time_ms, ".2f"),
         spread or "-",
         str(row.rounds) if row.rounds else "-",
-        _number(row.peak_mb, ".1f"),
-        _number(row.peak_ratio, ".2f"),
-        _number(row.max_rel_error, ".1e"),
+        number(row.peak_mb, ".1f"),
+        number(row.peak_ratio, ".2f"),
+        number(row.max_rel_error, ".1e"),
         row.note,
     ]
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """The value, or a dash where nothing was measured."""
     return "-" if value is None else format(value, form)
 
 
@@ -93,7 +96,7 @@ def write_json(path: Path, environment: Environment, command: str, rows: Sequenc
     _replace(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> tuple[dict[str, str | int], str, list[Row]]:
+def read_json(path: Path) -> Run:
     """Read a file of :func:`write_json`: environment, command, rows.
 
     Raises:
@@ -120,59 +123,24 @@ def write_csv(path: Path, environment: Environment, rows: Sequence[Row]) -> None
     _replace(path, text.getvalue())
 
 
-MARKS = ("<!-- table:begin -->\n", "<!-- table:end -->")
+def merged(
+    old: Sequence[Row], new: Sequence[Row], cases: Sequence[str], contenders: Sequence[str]
+) -> list[Row]:
+    """Stored rows and new ones, which replace those of the same contender on the same table.
 
-
-def markdown(environment: Environment, command: str, rows: Sequence[Row]) -> str:
-    """One line per case and layout, every contender a column, for a README."""
-    rivals = list(
-        dict.fromkeys(row.contender for row in rows if row.contender not in (PLAIN, OURS))
-    )
-    lines = [
-        f"| batch, layout | plain pass | {OURS} | its peak memory | its error | "
-        + " | ".join(rivals)
-        + " |",
-        "|---" * (5 + len(rivals)) + "|",
-    ]
-    for _, group in groupby(rows, key=lambda row: (row.case, row.layout)):
-        by_name = {row.contender: row for row in group}
-        plain, ours = by_name[PLAIN], by_name[OURS]
-        lines.append(
-            f"| {plain.case}, {plain.batch}, {plain.layout} | {_number(plain.time_ms, '.0f')} ms | "
-            f"**{_multiple(ours)}** | {_number(ours.peak_ratio, '.2f')}x | "
-            f"{_number(ours.max_rel_error, '.0e')} | "
-            + " | ".join(_multiple(by_name[name]) for name in rivals)
-            + " |"
-        )
-    lines.append("")
-    lines.append(
-        "Multiples of the time (and peak memory) of one plain forward and backward pass of the "
-        "same model; median of interleaved rounds. Error: worst parameter, relative, float32 "
-        "against float64."
-    )
-    lines.append("")
-    lines += [f"{line}  " for line in header(environment).splitlines()]
-    lines.append(f"`{command}`")
-    return "\n".join(lines) + "\n"
-
-
-def _multiple(row: Row) -> str:
-    if row.ratio is None:
-        return row.status
-    return f"{row.ratio:.2f}x" + (" (inexact)" if row.status == "inexact" else "")
-
-
-def update_readme(path: Path, table: str) -> None:
-    """Put ``table`` between the marks of a file.
-
-    Raises:
-        ValueError: the file has no marks.
+    Sorted as ``cases`` and ``contenders`` are. A ratio is to the plain pass of its own rounds.
     """
-    text = path.read_text(encoding="utf-8")
-    begin, end = text.find(MARKS[0]), text.find(MARKS[1])
-    if begin < 0 or end < begin:
-        raise ValueError(f"{path} has no lines {MARKS[0].strip()} and {MARKS[1]}")
-    _replace(path, text[: begin + len(MARKS[0])] + table + text[end:])
+    rows = {(row.case, row.layout, row.contender): row for row in (*old, *new)}
+    layouts = list(dict.fromkeys(layout for _, layout, _ in rows))
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return (
+            cases.index(row.case) if row.case in cases else len(cases),
+            layouts.index(row.layout),
+            contenders.index(row.contender) if row.contender in contenders else len(contenders),
+        )
+
+    return sorted(rows.values(), key=place)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure, report, run
+from benchmarks import markdown, measure, report, run
 from benchmarks.measure import Row, Settings, max_relative_error, measure_case, time_interleaved
 from benchmarks.registry import CASES, Case, Problem
 from benchmarks.rivals import PLAIN, RIVALS, Call, Options, Rival, Values
@@ -615,19 +615,188 @@ def test_the_command_line_measures_and_writes(
     assert capsys.readouterr().out.strip() in printed
 
 
-def test_results_go_to_latest_or_to_a_name_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+SHORT = ["--rounds", "1", "--no-memory", "--layouts", "nchw"]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results, on a machine that does not change while it is measured."""
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "environment", lambda: {**MACHINE, "threads": torch.get_num_threads()})
-    short = ["--rounds", "1", "--no-memory", "--contenders", "plain", "--layouts", "nchw"]
-    assert command_line("--quick", *short) == 0
-    assert list(tmp_path.iterdir()) == []
-    assert command_line(*short) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"latest.json", "latest.csv"}
-    assert command_line(*short, "--save", "--cases", "tiny") == 0
-    assert (tmp_path / "tiny-some-cpu-2-60ghz-1t.json").exists()
-    assert (tmp_path / "tiny-some-cpu-2-60ghz-1t.csv").exists()
+    return tmp_path
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+SAVED = "all-some-cpu-2-60ghz-1t.json"
+
+
+def test_results_go_to_latest_or_to_a_name_of_their_own(results: Path) -> None:
+    plain = [*SHORT, "--contenders", "plain"]
+    assert command_line("--quick", *plain) == 0
+    assert names_in(results) == set()
+    assert command_line(*plain) == 0
+    assert names_in(results) == {"latest-1t.json", "latest-1t.csv"}
+    assert command_line(*plain, "--save") == 0
+    assert names_in(results) >= {SAVED, "all-some-cpu-2-60ghz-1t.csv"}
+
+
+def test_every_number_of_threads_gets_its_own_files(results: Path) -> None:
+    assert command_line(*SHORT, "--contenders", "loop", "--threads", "1,2,1") == 0
+    assert names_in(results) == {f"latest-{n}t.{kind}" for n in (1, 2) for kind in ("json", "csv")}
+    for count in (1, 2):
+        environment, _, rows = report.read_json(results / f"latest-{count}t.json")
+        assert environment["threads"] == count and len(rows) == 2
+
+
+def test_saved_runs_add_up(results: Path) -> None:
+    assert command_line(*SHORT, "--save", "--contenders", "loop") == 0
+    first = {row.contender: row for row in report.read_json(results / SAVED)[2]}
+    broken = Rival("broken", "", lambda problem, options: Call(lambda: 1 / 0))
+    assert command_line(*SHORT, "--save", "--contenders", "broken", broken=broken) == 0
+    command_line("--save", "--layouts", "channels_last", "--rounds", "1", "--no-memory")
+    _, command, rows = report.read_json(results / SAVED)
+    assert [(row.layout, row.contender) for row in rows] == [
+        ("nchw", "plain"),
+        ("nchw", "loop"),
+        ("nchw", "broken"),
+        ("channels_last", "plain"),
+        ("channels_last", "loop"),
+    ]
+    assert rows[1] == first["loop"] and rows[0] != first["plain"], "the newest of each is kept"
+    assert len(command.splitlines()) == 3
+    with open(results / "all-some-cpu-2-60ghz-1t.csv", newline="") as file:
+        assert [line["contender"] for line in csv.DictReader(file)] == [r.contender for r in rows]
+
+
+def test_a_saved_run_of_something_else_is_not_added_to(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(*SHORT, "--save") == 0
+    before = (results / SAVED).read_bytes()
+    other = {**MACHINE, "threads": 1, "commit": "fff0000", "date": "2026-01-02 00:00 UTC"}
+    monkeypatch.setattr(run, "environment", lambda: other)
+    monkeypatch.setattr(run, "measure_case", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(SystemExit):
+        command_line(*SHORT, "--save")
+    error = capsys.readouterr().err
+    assert "was measured with commit 'abc1234', now 'fff0000'; expected" in error
+    assert (results / SAVED).read_bytes() == before
+
+
+def test_resume_measures_what_is_not_there(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    original = measure_case
+
+    def interrupted(case: Case, layout: str, *rest: object) -> list[Row]:
+        measured.append(layout)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return original(case, layout, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "measure_case", interrupted)
+    argv = ["--save", "--resume", "--rounds", "1", "--no-memory"]
+    assert command_line(*argv) == 130
+    assert command_line(*argv) == 0
+    assert command_line(*argv) == 0
+    assert measured == ["nchw", "channels_last", "channels_last"]
+    assert len(report.read_json(results / SAVED)[2]) == 4
+
+
+def test_a_library_that_was_absent_is_measured_on_resume(results: Path) -> None:
+    def absent(problem: Problem, options: Options) -> Call:
+        raise ImportError("no such library")
+
+    argv = [*SHORT, "--save", "--resume"]
+    rival = Rival("late", "", absent, install="pip install late")
+    assert command_line(*argv, late=rival) == 0
+    assert command_line(*argv, late=replace(rival, prepare=RIVALS["loop"].prepare)) == 0
+    statuses = {r.contender: r.status for r in report.read_json(results / SAVED)[2]}
+    assert statuses == {"plain": "ok", "loop": "ok", "late": "ok"}
+
+
+def test_options_choose_among_stored_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    rows = [replace(r, layout=name) for name in ("nchw", "channels_last") for r in rows_for_files()]
+    report.write_json(path, MACHINE, "a command", [*rows, replace(rows[0], case="gone")])
+    assert command_line("--from-json", str(path)) == 0
+    everything = capsys.readouterr().out
+    assert all(word in everything for word in ("torch_func", "| channels_last |", "gone | nchw"))
+    assert command_line("--from-json", str(path), "--cases", "tiny", "--layouts", "nchw") == 0
+    some = capsys.readouterr().out
+    assert "tiny | nchw" in some and "torch_func" not in some, "only contenders that are known"
+    assert "channels_last" not in some and "gone" not in some
+
+
+def page_runs() -> list[report.Run]:
+    """One processor with two numbers of threads, written in the wrong order."""
+    runs: list[report.Run] = []
+    for threads, scale in ((2, 1.1), (1, 1.0)):
+        rows = []
+        for layout, plain in (("nchw", 4.0), ("channels_last", 3.0)):
+            unit = replace(row_of(PLAIN, 1.0), layout=layout, time_ms=plain)
+            ours = replace(row_of("fisher_diag", scale * plain / 3), layout=layout)
+            ours = replace(ours, peak_ratio=plain / 4, max_rel_error=1e-6 * plain)
+            near = replace(row_of("near", 2.2 * scale), layout=layout)
+            crude = replace(row_of("crude", 0.1), layout=layout, status="inexact", note="worst: a")
+            failed = Row("tiny", layout, "failing", 6, 174, "failed", note="Error: `no` way")
+            rows += [unit, ours, near, crude, failed]
+        rows += [
+            replace(row_of(name, 1.5), case="tokens", layout="contiguous")
+            for name in (PLAIN, "fisher_diag")
+        ]
+        runs.append(({**MACHINE, "threads": threads}, f"run {threads}", rows))
+    return runs
+
+
+def test_the_page_of_models_has_a_line_a_model_and_every_reason() -> None:
+    lines = markdown.models(page_runs()).splitlines()
+    assert lines[0] == "## Some CPU @ 2.60GHz"
+    assert lines[2].startswith(
+        "| fisher_diag / plain pass | 1t, nchw | 1t, channels_last | 2t, nchw | 2t, channels_last |"
+    )
+    assert lines[4] == (
+        "| tiny | 1.33 | **1.00** | 1.47 | **1.10** | 1.00 | 4e-06 | 1.65x (near, 1t, nchw) |"
+    )
+    assert lines[5] == "| tokens | **1.50** |  | **1.50** |  | - | - | - |"
+    assert (
+        "| tiny, 6, nchw | 4 ms | **1.33x** | 1.00x | 4e-06 | 2.20x | 0.10x (inexact) | failed |"
+        in lines
+    )
+    assert "| tokens, 6, contiguous | 2 ms | **1.50x** | -x | - |  |  |  |" in lines
+    assert lines.count("- failing on tiny: failed: `Error: 'no' way`") == 1
+    assert "- crude on tiny: inexact: `worst: a`" in lines
+    assert [line for line in lines if line.startswith("`run")] == ["`run 1`", "`run 2`"]
+
+
+def test_the_short_table_leaves_out_what_the_readme_has_no_room_for() -> None:
+    rows = [replace(r, case=case) for case in ("resnet20", "gpt") for r in rows_for_files()]
+    table = markdown.short((MACHINE, "one\ntwo", rows))
+    assert "resnet20" in table and "gpt" not in table
+    assert "torch_func" in table and "bad" not in table
+    assert table.endswith("`one`  \n`two`\n")
+
+
+def test_tables_go_between_the_marks_only(tmp_path: Path) -> None:
+    source, page = tmp_path / "r.json", tmp_path / "page.md"
+    machine, command, rows = page_runs()[0]
+    report.write_json(source, machine, command, rows)
+    page.write_text("before\n" + "old\n".join(markdown.MARKS) + "\nafter\n")
+    for option, table in (
+        ("--models", markdown.models),
+        ("--readme", lambda r: markdown.short(r[0])),
+    ):
+        assert command_line("--from-json", str(source), option, str(page)) == 0
+        expected = table([report.read_json(source)]).join(markdown.MARKS)
+        assert page.read_text() == f"before\n{expected}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(SystemExit):
+        command_line("--from-json", str(source), "--models", str(page))
+    assert page.read_text() == "no marks"
 
 
 def test_a_wrong_fisher_diag_is_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -647,6 +816,11 @@ def test_a_wrong_fisher_diag_is_an_exit_code(capsys: pytest.CaptureFixture[str])
         (["--budget", "nan"], "must be above 0"),
         (["--from-json", "/nonexistent/r.json"], "No such file"),
         (["--json", "/proc/nowhere/r.json"], "/proc/nowhere"),
+        (["--threads", "1,0"], "must be at least 1"),
+        (["--threads", "1,2", "--json", "r.json"], "--threads: expected one number with --json"),
+        (["--save", "--quick"], "--save: expected without --quick"),
+        (["--resume"], "--resume: expected with --save"),
+        (["--models", "models.md"], "--readme and --models: expected with --from-json"),
     ],
 )
 def test_a_bad_argument_is_one_clear_line_before_anything_runs(

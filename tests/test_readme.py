@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import markdown, report
 
 ROOT = Path(__file__).parent.parent
 
 
+STORED = [
+    report.read_json(path)
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if not path.stem.startswith("latest")
+]
+
+
+def shown_in(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    begin, end = (text.index(mark) for mark in markdown.MARKS)
+    return text[begin + len(markdown.MARKS[0]) : end]
+
+
 def test_table_is_the_one_of_a_committed_run() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = (text.index(mark) for mark in report.MARKS)
-    shown = text[begin + len(report.MARKS[0]) : end]
-    tables = [
-        report.markdown(*report.read_json(path))
-        for path in (ROOT / "benchmarks" / "results").glob("*.json")
-        if not path.stem.startswith("latest")
-    ]
-    assert shown in tables
+    assert shown_in(ROOT / "README.md") in [markdown.short(run) for run in STORED]
+
+
+def test_tables_of_all_models_are_those_of_the_committed_runs() -> None:
+    assert shown_in(ROOT / "docs" / "performance" / "models.md") == markdown.models(STORED)
 
 
 def test_two_commands_and_every_link() -> None:

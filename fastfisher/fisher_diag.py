@@ -4,122 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .attribution import PROBES, Layout, lay_out
-from .files import replacing
+from .groups import GroupsOf, resolve_groups, sort_by_group
 from .losses import Objective, check_kind, objectives, resolve_loss
 from .recorder import Recorder, SampleAxis, Site
-from .reference import PerSampleLoss, call, samples_of, sum_dtype
+from .reference import PerSampleLoss, call, samples_of
+from .result import FisherDiag, FisherGroups
 from .rules import RULES
 from .rules.fallback import sum_grad_powers
 from .rules.joint import CopyingView, Occurrence, add_jointly, add_through_derived
+from .sums import Sums
 
-__all__ = ["FallbackWarning", "FisherDiag", "fisher_diag"]
-
-# Batches whose squares are added in the sums' own precision before they go into a float64 total.
-_BATCHES_PER_SUM = 32
+__all__ = ["FallbackWarning", "FisherDiag", "FisherGroups", "fisher_diag"]
 
 
 class FallbackWarning(UserWarning):
     """Some parameters were computed exactly, but not by a fast rule."""
 
 
-class FisherDiag(Mapping[str, Tensor]):
-    """A diagonal Fisher: one tensor per parameter, named as in ``model.named_parameters()``.
+@overload
+def fisher_diag(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    loss: str | Callable[[Any, Any], Tensor] = ...,
+    kind: str = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    reduction: str = ...,
+    power: float = ...,
+    groups: None = ...,
+    parameters: Iterable[str] | None = ...,
+    strict: bool = ...,
+    progress: bool = ...,
+) -> FisherDiag: ...
 
-    Attributes:
-        samples: how many samples it was computed from.
-        kind: ``"empirical"``, ``"mc"`` or ``"exact"``.
-        reduction: ``"mean"`` (divided by ``samples``) or ``"sum"``.
-        power: of the gradients' absolute values: 2, or 1.
-        rules: for each parameter, what computed it.
-    """
 
-    def __init__(
-        self,
-        values: Mapping[str, Tensor],
-        *,
-        samples: int,
-        kind: str = "empirical",
-        reduction: str = "mean",
-        power: int = 2,
-        rules: Mapping[str, str] | None = None,
-    ) -> None:
-        self._values = dict(values)
-        self.samples = samples
-        self.kind = kind
-        self.reduction = reduction
-        self.power = power
-        self.rules = dict(rules or {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return (
-            f"FisherDiag({len(self)} parameters, samples={self.samples}, kind={self.kind!r}, "
-            f"reduction={self.reduction!r}, power={self.power})"
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; the other attributes go into its JSON header."""
-        from safetensors.torch import save_file
-
-        header = {
-            "format": "fastfisher.FisherDiag/1",
-            "samples": str(self.samples),
-            "kind": self.kind,
-            "reduction": self.reduction,
-            "power": str(self.power),
-            "rules": json.dumps(self.rules),
-        }
-        values = {name: value.contiguous() for name, value in self._values.items()}
-        with replacing(path) as temporary:
-            save_file(values, temporary, metadata=header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FisherDiag:
-        """Reads a file that :meth:`save` wrote.
-
-        Raises:
-            ValueError: the file is not one.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a safetensors file") from error
-        if header.get("format") != "fastfisher.FisherDiag/1":
-            raise ValueError(f"path: {os.fspath(path)!r} holds no FisherDiag")
-        return cls(
-            values,
-            samples=int(header["samples"]),
-            kind=header["kind"],
-            reduction=header["reduction"],
-            power=int(header.get("power", 2)),  # files of earlier versions hold squares
-            rules=json.loads(header["rules"]),
-        )
+@overload
+def fisher_diag(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    loss: str | Callable[[Any, Any], Tensor] = ...,
+    kind: str = ...,
+    samples: int = ...,
+    generator: torch.Generator | None = ...,
+    reduction: str = ...,
+    power: float = ...,
+    groups: Literal["target"] | GroupsOf,
+    parameters: Iterable[str] | None = ...,
+    strict: bool = ...,
+    progress: bool = ...,
+) -> FisherGroups: ...
 
 
 def fisher_diag(
@@ -132,10 +79,11 @@ def fisher_diag(
     generator: torch.Generator | None = None,
     reduction: str = "mean",
     power: float = 2,
+    groups: Literal["target"] | GroupsOf | None = None,
     parameters: Iterable[str] | None = None,
     strict: bool = True,
     progress: bool = False,
-) -> FisherDiag:
+) -> FisherDiag | FisherGroups:
     """The exact diagonal Fisher information of ``model`` over ``data``.
 
     For each parameter entry, the sum over samples of the squared gradient of that sample's loss
@@ -172,13 +120,19 @@ def fisher_diag(
             (arXiv 2402.19308): exact by the same rules at the same price. With it, ``"mc"`` is
             the mean over the draws, and ``"exact"`` takes one backward pass for each class, for
             cross-entropy alone.
+        groups: one Fisher for each group of samples, from the same passes: ``"target"`` is one for
+            each class, a callable gives ``(input, target) -> [N]`` integers. The groups are those
+            that occur. Every group has buffers of its own, of the size of the parameters, and adds
+            its own kernel calls: batches that hold few groups are the fastest. The draws of
+            ``"mc"`` follow the order of the groups within a batch.
         parameters: names to compute; None is every parameter that requires grad.
         strict: raise where a parameter cannot be computed; otherwise leave it out and warn.
         progress: show a progress bar on a terminal.
 
     Returns:
         A mapping from parameter names to tensors of the parameter's shape, float64 for float64
-        parameters and float32 for all others.
+        parameters and float32 for all others. With ``groups`` a :class:`FisherGroups`, a mapping
+        from each group to such a result, of that group's samples alone.
 
     Raises:
         ValueError: an argument is not as described, or ``data`` has no sample.
@@ -193,11 +147,21 @@ def fisher_diag(
         objectives, kind, resolved, samples=samples, generator=generator, power=power
     )
     chosen = _chosen_parameters(model, parameters)
-    run = _Pass(model, resolved.per_sample, expand, chosen, strict, callable(loss), power)
+    run = _Pass(
+        model,
+        resolved.per_sample,
+        expand,
+        chosen,
+        strict,
+        callable(loss),
+        power,
+        resolve_groups(groups),
+    )
     with _left_as_found(model, run.buffers), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
             run.add_batch(inputs, targets)
-    return run.finish(kind, reduction)
+    results = run.finish(kind, reduction)
+    return results[0] if groups is None else FisherGroups(results)
 
 
 def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
@@ -304,6 +268,27 @@ class _Probe:
 _probes: weakref.WeakKeyDictionary[nn.Module, _Probe] = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The samples of a batch whose powers go into the same sums."""
+
+    sums: Sums
+    #: None is all of them.
+    samples: slice | None
+
+    def size(self, count: int) -> int:
+        """How many they are, of the batch's ``count``."""
+        return count if self.samples is None else self.samples.stop - self.samples.start
+
+    def of(self, batch: Any) -> Any:
+        """These samples of an input or a target."""
+        return batch if self.samples is None else samples_of(batch, self.samples)
+
+    def along(self, axis: SampleAxis) -> SampleAxis:
+        """These samples of an output whose samples lie along ``axis``."""
+        return axis if self.samples is None else axis.restricted(self.samples)
+
+
 @dataclass
 class _Pass:
     """One run over a data set."""
@@ -315,11 +300,10 @@ class _Pass:
     strict: bool
     custom_loss: bool
     power: int
-    samples: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    #: Sums of earlier batches, in float64; only where there are many batches.
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    batches: int = 0
+    groups_of: GroupsOf | None
+    #: By group; without groups there is one, 0.
+    sums: dict[int, Sums] = field(default_factory=dict)
+    formats: dict[str, torch.memory_format] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)
     #: Parameters served by the fallback, and why.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -339,29 +323,43 @@ class _Pass:
         if count == 0:
             return
         inputs, targets = _detached(inputs), _detached(targets)
+        slices: Sequence[tuple[int, slice | None]] = [(0, None)]
+        if self.groups_of is not None:
+            inputs, targets, slices = sort_by_group(self.groups_of, inputs, targets, count)
+        parts = [_Part(self._sums_of(group), at) for group, at in slices]
         probe = self.probe or _probes.get(self.model)
         if probe is None:
             probe = self._probe(inputs, targets, count)
-        if not self._run_batch(inputs, targets, count, probe, is_certain=False):
+        if not self._run_batch(inputs, targets, count, parts, probe, is_certain=False):
             # Other calls than in the probe: control flow that depends on data, or a new shape.
             probe = self._probe(inputs, targets, count)
-            self._run_batch(inputs, targets, count, probe, is_certain=True)
+            self._run_batch(inputs, targets, count, parts, probe, is_certain=True)
         self.probe = probe
         _probes[self.model] = probe
-        self.samples += count
-        self.batches += 1
-        if self.batches % _BATCHES_PER_SUM == 0:
-            self._fold()
+        for part in parts:
+            part.sums.end_batch(part.size(count))
+
+    def _sums_of(self, group: int) -> Sums:
+        if group not in self.sums:
+            self.sums[group] = Sums(self.chosen, self.formats)
+        return self.sums[group]
 
     def _run_batch(
-        self, inputs: Any, targets: Any, count: int, probe: _Probe, *, is_certain: bool
+        self,
+        inputs: Any,
+        targets: Any,
+        count: int,
+        parts: Sequence[_Part],
+        probe: _Probe,
+        *,
+        is_certain: bool,
     ) -> bool:
         """Adds a batch; False, and nothing added, if its calls are not those of the probe.
 
         ``is_certain`` says that the probe is of this very batch: then what it does not explain
         goes to the fallback.
         """
-        batch = _Batch(self, count, probe.shared)
+        batch = _Batch(self, count, parts, probe.shared)
         with contextlib.closing(batch.recorder):
             output = batch.forward(inputs)
             if not batch.attribute(probe):
@@ -382,26 +380,26 @@ class _Pass:
         for name in new:
             self.reasons[name] = batch.reasons[name]
         try:
-            sums, way = sum_grad_powers(
-                self.model,
-                inputs,
-                objective.targets,
-                objective.function,
-                names,
-                batch.count,
-                self.power,
-            )
+            for part in batch.parts:
+                sums, way = sum_grad_powers(
+                    self.model,
+                    part.of(inputs),
+                    part.of(objective.targets),
+                    objective.function,
+                    names,
+                    part.size(batch.count),
+                    self.power,
+                )
+                for name in names:
+                    part.sums.of(name).add_(sums[name], alpha=objective.weight)
         except RuntimeError as error:
             if self.strict:
                 raise
             warnings.warn(f"left out: {error}", FallbackWarning, stacklevel=4)
             for name in names:
                 del self.chosen[name]
-                self.sums.pop(name, None)
-                self.totals.pop(name, None)
             return
         for name in names:
-            self.sum_of(name).add_(sums[name], alpha=objective.weight)
             self.rules[name] = f"fallback: {way} ({self.reasons[name]})"
         if new:
             listed = "; ".join(f"{name}: {self.reasons[name]}" for name in new)
@@ -410,35 +408,6 @@ class _Pass:
                 FallbackWarning,
                 stacklevel=4,
             )
-
-    def _fold(self) -> None:
-        """Moves the float32 sums of the last batches into float64 totals.
-
-        A float32 sum of very many batches would lose the small ones: after 10^4 additions the
-        rounding errors alone reach 1e-6.
-        """
-        for name, value in self.sums.items():
-            if value.dtype == torch.float32:
-                total = self.totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
-                total.add_(value)
-                value.zero_()
-
-    def sum_of(self, name: str, memory_format: torch.memory_format | None = None) -> Tensor:
-        """The buffer that a parameter's squares are added to."""
-        if name not in self.sums:
-            parameter = self.chosen[name]
-            dtype = sum_dtype(parameter)
-            if memory_format is None:
-                sums = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-            else:
-                sums = torch.empty(
-                    parameter.shape,
-                    dtype=dtype,
-                    device=parameter.device,
-                    memory_format=memory_format,
-                ).zero_()
-            self.sums[name] = sums
-        return self.sums[name]
 
     def leaves(self, recorder: Recorder, inputs: Any) -> list[Tensor]:
         """Where backward must arrive for every site to be passed: parameters come first."""
@@ -570,33 +539,26 @@ class _Pass:
 
     # -- the end -----------------------------------------------------------------------------
 
-    def finish(self, kind: str, reduction: str) -> FisherDiag:
-        if self.samples == 0:
+    def finish(self, kind: str, reduction: str) -> dict[int, FisherDiag]:
+        """What was summed, by group."""
+        if not self.sums:
             raise ValueError("data: expected at least one sample")
         for name, parameter in self.tracked.items():
             if parameter._version != self.versions[name]:
                 raise RuntimeError(f"the forward pass modified parameter {name!r} in place")
-        factor = 1.0 / self.samples if reduction == "mean" else 1.0
-        if self.totals:
-            self._fold()
-        values = {}
-        for name in self.chosen:
-            total = self.totals.pop(name, None)
-            value = self.sum_of(name)
-            if total is not None:
-                value.copy_(total.mul_(factor))
-            elif factor != 1.0:
-                value.mul_(factor)
-            values[name] = value.contiguous()
         rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}
-        return FisherDiag(
-            values,
-            samples=self.samples,
-            kind=kind,
-            reduction=reduction,
-            power=self.power,
-            rules=rules,
-        )
+        results = {}
+        for group, sums in self.sums.items():
+            values = sums.finish(1.0 / sums.samples if reduction == "mean" else 1.0)
+            results[group] = FisherDiag(
+                values,
+                samples=sums.samples,
+                kind=kind,
+                reduction=reduction,
+                power=self.power,
+                rules=rules,
+            )
+        return results
 
 
 @dataclass
@@ -605,6 +567,7 @@ class _Batch:
 
     run: _Pass
     count: int
+    parts: Sequence[_Part]
     shared: frozenset[tuple[str, tuple[str, ...], int]]
     #: Parameters that this batch leaves to the fallback, and why.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -729,25 +692,30 @@ class _Batch:
                     self._add_jointly(group)
             elif self._is_wanted(view.name):
                 alone[slot] = view.name
-        outs = {}
-        for slot, name in alone.items():
-            view = site.use.views[slot]
-            # The convolution kernels write rows of channels.
-            last = not view.steps and len(view.shape) == 4 and site.function == "conv2d"
-            total = self.run.sum_of(name, torch.channels_last if last else None)
-            out = total
-            if view.steps:
-                out = view.replay(total)
-                if out.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
-                    self.reasons[name] = f"{site.function}: used through a view that copies"
-                    continue
-            outs[slot] = out
-            self._finished(name, site.function)
-        if outs:
-            site.use.accumulate(outs, grad, samples, self._weight, self.run.power)
+        for part in self.parts if alone else ():
+            outs = self._outs(site, alone, part.sums)
+            if outs:
+                along = part.along(samples)
+                site.use.accumulate(outs, grad, along, self._weight, self.run.power)
         if not self._keep_graph and len(alone) == len(site.use.views):
             # As autograd frees what it saved: the activations need not wait for the end.
             site.forget_inputs()
+
+    def _outs(self, site: Site, names: Mapping[str, str], sums: Sums) -> dict[str, Tensor]:
+        """What a call's arguments, of these parameters, are added to."""
+        outs = {}
+        for slot, name in names.items():
+            view = site.use.views[slot]
+            # The convolution kernels write rows of channels.
+            last = not view.steps and len(view.shape) == 4 and site.function == "conv2d"
+            total = sums.of(name, torch.channels_last if last else torch.contiguous_format)
+            out = view.into(total)
+            if out is None:
+                self.reasons[name] = f"{site.function}: used through a view that copies"
+                continue
+            outs[slot] = out
+            self._finished(name, site.function)
+        return outs
 
     def _finished(self, name: str, function: str) -> None:
         self._done.add(name)
@@ -761,26 +729,27 @@ class _Batch:
         derived = [each for n, each in self.recorder.derived.items() if self._groups[n] == group]
         if not names:
             return
-        occurrences = [
-            Occurrence(site.use, slot, grad, self._samples[id(site)])
-            for site, slot, grad in uses
-            if id(site) in self._samples
-        ]
         functions = " + ".join(sorted({site.function for site, _, _ in uses}))
-        try:
-            if derived:
-                totals = {name: self.run.sum_of(name) for name in names}
-                add_through_derived(
-                    totals, derived, occurrences, self.count, self._weight, self.run.power
-                )
-                functions += f" of {', '.join(each.function for each in derived)}"
-            else:
-                add_jointly(
-                    self.run.sum_of(group), occurrences, self.count, self._weight, self.run.power
-                )
-                functions += f", {self._uses[group]} uses"
-        except CopyingView as error:
-            self.reasons.update(dict.fromkeys(names, str(error)))
-            return
+        if derived:
+            functions += f" of {', '.join(each.function for each in derived)}"
+        else:
+            functions += f", {self._uses[group]} uses"
+        for part in self.parts:
+            totals = {name: part.sums.of(name) for name in names}
+            occurrences = [
+                Occurrence(site.use, slot, grad, part.along(self._samples[id(site)]))
+                for site, slot, grad in uses
+                if id(site) in self._samples
+            ]
+            count, weight, power = part.size(self.count), self._weight, self.run.power
+            try:
+                if derived:
+                    add_through_derived(totals, derived, occurrences, count, weight, power)
+                else:
+                    add_jointly(totals[group], occurrences, count, weight, power)
+            except CopyingView as error:
+                # Before the first part: all have buffers of one format.
+                self.reasons.update(dict.fromkeys(names, str(error)))
+                return
         for name in names:
             self._finished(name, functions)

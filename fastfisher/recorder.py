@@ -17,7 +17,7 @@ import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,6 +43,20 @@ class View:
         for step in self.steps:
             tensor = step(tensor)
         return tensor
+
+    def into(self, tensor: Tensor) -> Tensor | None:
+        """:meth:`replay`, where that gives entries of ``tensor`` and no copy of them, else None.
+
+        The parameter's own strides may allow a view that those of ``tensor`` do not.
+        """
+        if not self.steps:
+            return tensor
+        try:
+            view = self.replay(tensor)
+        except RuntimeError:
+            return None
+        same = view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        return view if same else None
 
 
 @dataclass(frozen=True)
@@ -107,27 +121,48 @@ class Use(Protocol):
 
 @dataclass(frozen=True)
 class SampleAxis:
-    """Where samples lie in an output: along ``axis``, ``size / count`` entries for each.
+    """Where samples lie in an output: along ``axis``, ``size / total`` entries for each.
 
     ``minor`` says that the sample index runs fastest within the axis (``[T * N]``), else slowest
-    (``[N * T]``). ``axis`` is None where there is a single sample.
+    (``[N * T]``). ``axis`` is None where there is a single sample. ``part`` restricts everything to
+    some of the ``total`` samples; ``count`` is how many they are.
     """
 
-    count: int
+    total: int
     axis: int | None
     minor: bool = False
+    part: slice | None = None
+
+    @property
+    def count(self) -> int:
+        """Samples that are meant."""
+        return self.total if self.part is None else self.part.stop - self.part.start
+
+    def restricted(self, part: slice) -> SampleAxis:
+        """The same axis, for the samples ``part``, of which both ends are given."""
+        return replace(self, part=part)
 
     def split(self, tensor: Tensor) -> Tensor:
         """``tensor`` as ``[count, ...]``; a merged axis leaves its other factor behind."""
+        samples = self._split(tensor)
+        return samples if self.part is None else samples[self.part]
+
+    def _split(self, tensor: Tensor) -> Tensor:
         if self.axis is None:
             return tensor.unsqueeze(0)
         size = tensor.shape[self.axis]
-        if size == self.count:
+        if size == self.total:
             return tensor.movedim(self.axis, 0)
         if self.minor:
-            parts = tensor.unflatten(self.axis, (size // self.count, self.count))
+            parts = tensor.unflatten(self.axis, (size // self.total, self.total))
             return parts.movedim(self.axis + 1, 0)
-        return tensor.unflatten(self.axis, (self.count, size // self.count)).movedim(self.axis, 0)
+        return tensor.unflatten(self.axis, (self.total, size // self.total)).movedim(self.axis, 0)
+
+    def rows(self, tensor: Tensor) -> Tensor | None:
+        """``tensor`` itself, restricted, where its first axis is that of the samples, else None."""
+        if tensor.shape[0] != self.total or self.axis:
+            return None
+        return tensor if self.part is None else tensor[self.part]
 
 
 @dataclass

@@ -49,9 +49,7 @@ def images() -> Case:
         spread(nn.GroupNorm(1, 17)),
         nn.Conv2d(17, 6, 1),
         nn.PReLU(6),
-        # No bias: the norm after it takes any constant away.
-        nn.Conv2d(6, 4, 2, groups=2, dilation=2, bias=False),
-        spread(nn.InstanceNorm2d(4, affine=True)),
+        nn.Conv2d(6, 4, 2, groups=2, dilation=2),
         nn.Flatten(),
         nn.Linear(16, CLASSES),
     )
@@ -68,6 +66,7 @@ def other_dimensions() -> Case:
     model = sequential(
         nn.Conv3d(2, 4, 2, padding=1),
         nn.Tanh(),
+        spread(nn.InstanceNorm3d(4, affine=True)),
         nn.Flatten(2),
         nn.ConvTranspose1d(4, 3, 3, stride=2, output_padding=1),
         nn.Tanh(),

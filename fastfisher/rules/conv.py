@@ -36,15 +36,16 @@ class ConvUse:
 
     def _split(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
         """``[B, ...]`` as ``[N, M, ...]``, ``M`` images a sample."""
-        if tensor.shape[0] == samples.count:
-            return tensor.unsqueeze(1)
-        return samples.split(tensor)
+        rows = samples.rows(tensor)
+        return samples.split(tensor) if rows is None else rows.unsqueeze(1)
 
-    def _images(self, grad: Tensor, samples: SampleAxis) -> Iterator[tuple[int, Images]]:
+    def _images(
+        self, grad: Tensor, samples: SampleAxis, dtype: torch.dtype
+    ) -> Iterator[tuple[int, Images]]:
         """What each tap along the depth (the only one, below three dimensions) contracts."""
         dims = len(self.stride)
         g, x = self._split(grad, samples), self._split(self.input.detach(), samples)
-        x = x.to(grad.dtype)
+        g, x = g.to(dtype), x.to(dtype)
         if self.output_padding is not None:
             # Positions that only the far end's padding adds have an input of zero.
             more = [p // s for p, s in zip(self.output_padding, self.stride, strict=True)]
@@ -72,8 +73,9 @@ class ConvUse:
 
     def _channels(self, grad: Tensor, samples: SampleAxis) -> Tensor:
         """``grad [B, O, *size]`` as ``[N, T, O]``."""
-        if grad.shape[0] == samples.count:
-            return grad.flatten(2).transpose(1, 2)
+        rows = samples.rows(grad)
+        if rows is not None:
+            return rows.flatten(2).transpose(1, 2)
         return samples.split(grad).movedim(2, -1).reshape(samples.count, -1, grad.shape[1])
 
     def _is_plain(self, grad: Tensor, samples: SampleAxis) -> bool:
@@ -105,12 +107,12 @@ class ConvUse:
             )
         elif "weight" in outs:
             out = outs["weight"]
-            for tap, images in self._images(as_dtype(grad, out), samples):
+            for tap, images in self._images(grad, samples, out.dtype):
                 entries = images.entries(out[:, :, tap] if len(self.stride) == 3 else out)
                 images.add_powers_(entries, alpha, power)
         if "bias" in outs:
             bias = outs["bias"]
-            g = self._channels(as_dtype(grad, bias), samples)
+            g = as_dtype(self._channels(grad, samples), bias)
             ops.channel_sum_grad_squared_(None, bias, g, alpha=alpha, power=power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
@@ -142,7 +144,7 @@ class ConvUse:
     def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Images | None:
         if slot == "bias" or len(self.stride) == 3:
             return None
-        return next(self._images(grad, samples))[1]
+        return next(self._images(grad, samples, grad.dtype))[1]
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

@@ -82,7 +82,8 @@ class EmbeddingBagUse:
     sample_axes: Sequence[int] = (0,)
 
     def _positions(self, grad: Tensor, samples: SampleAxis) -> tuple[Tensor, Tensor]:
-        each = samples.split(grad.unsqueeze(1) * self.factor.unsqueeze(2).to(grad.dtype))
+        factor = samples.split(self.factor).to(grad.dtype)
+        each = samples.split(grad).unsqueeze(-2) * factor.unsqueeze(-1)
         index = samples.split(self.index)
         return each.reshape(samples.count, -1, grad.shape[1]), index.reshape(samples.count, -1)
 

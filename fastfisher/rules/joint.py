@@ -57,10 +57,12 @@ def add_jointly(
     Raises:
         CopyingView: before anything is added.
     """
-    views = [use.view.replay(total) for use in uses]
-    storage = total.untyped_storage().data_ptr()
-    if any(view.untyped_storage().data_ptr() != storage for view in views):
-        raise CopyingView("used through a view that copies")
+    views = []
+    for use in uses:
+        view = use.view.into(total)
+        if view is None:
+            raise CopyingView("used through a view that copies")
+        views.append(view)
     terms = []
     for use, view in zip(uses, views, strict=True):
         term = use.use.term(use.slot, use.grad.to(total.dtype), use.samples)
@@ -174,8 +176,7 @@ def add_through_derived(
     dtype = max((total.dtype for total in totals.values()), key=lambda dtype: dtype.itemsize)
     uses = [use for use in uses if use.view.name in like]
     for use in uses:
-        base = torch.empty_like(like[use.view.name])
-        if use.view.replay(base).untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+        if use.view.into(torch.empty_like(like[use.view.name])) is None:
             raise CopyingView("used through a view that copies")
     elements = sum(tensor.numel() for tensor in like.values())
     step = max(1, _ELEMENTS // max(1, elements))

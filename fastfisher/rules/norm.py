@@ -37,10 +37,11 @@ class NormUse:
     def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
         """``[N, T, C]``, without a copy where the layout allows it."""
         if self.features is None:
-            if tensor.dim() > 1 and tensor.shape[0] == samples.count and samples.axis == 0:
-                if tensor.dim() == 2:
-                    return tensor.unsqueeze(1)
-                return tensor.flatten(2).transpose(1, 2)
+            rows = samples.rows(tensor)
+            if rows is not None:
+                if rows.dim() == 2:
+                    return rows.unsqueeze(1)
+                return rows.flatten(2).transpose(1, 2)
             parts = samples.split(tensor).movedim(2, -1)
             return parts.reshape(samples.count, -1, tensor.shape[1])
         width = math.prod(tensor.shape[tensor.dim() - self.features :])
@@ -98,6 +99,8 @@ class NormUse:
         """What makes the kernel compute the input's gradient too, where it can."""
         if self.factor is None or not self.factor.dtype == grad.dtype == like.dtype:
             return {}
+        if samples.part is not None:
+            return {}  # the kernel sees some of the samples only
         result = torch.empty_like(grad)
         if result.stride() != grad.stride():
             return {}

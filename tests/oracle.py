@@ -54,12 +54,19 @@ def assert_exact(
         warnings.simplefilter("ignore")
         result = fisher_diag(model, [(inputs, targets)], loss=loss)
     # The oracle in float64 whatever the model's dtype: it has to be better than what it judges.
+    loop = fisher_diag_loop(model, [(inputs, targets)], reference_loss)
     exact_inputs = inputs.double() if inputs.is_floating_point() else inputs
     exact = fisher_diag_loop(model.double(), [(exact_inputs, targets)], reference_loss)
     model.to(dtype)
     errors = relative_errors(result, exact)
-    worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] < TOLERANCE[dtype], (worst, errors[worst], result.rules[worst])
+    # Where terms cancel, the loop in the model's own dtype is no better than that.
+    unavoidable = relative_errors(loop, exact)
+    for name, error in errors.items():
+        assert error < max(TOLERANCE[dtype], 4 * unavoidable[name]), (
+            name,
+            error,
+            result.rules[name],
+        )
     if fallback is not None:
         used = {name for name, rule in result.rules.items() if rule.startswith("fallback")}
         assert used == set(fallback), result.rules

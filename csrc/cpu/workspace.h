@@ -7,6 +7,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fastfisher::cpu {
 
 // What a call shares among its threads, and what a thread uses for its own part of the work: the
@@ -29,6 +33,12 @@ class Workspace {
       workspace.memory_.reset(memory);
       workspace.bytes_ = rounded;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    // What an earlier call needed is no more this call's than memory of anybody else.
+    char* const begin = static_cast<char*>(workspace.memory_.get());
+    ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
+    ASAN_POISON_MEMORY_REGION(begin + bytes, workspace.bytes_ - bytes);
+#endif
     return workspace.memory_.get();
   }
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attribution import PROBES, Layout, lay_out
 from .groups import GroupsOf, resolve_groups, sort_by_group
+from .into import check_alpha, check_into
 from .losses import Objective, check_kind, objectives, resolve_loss
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
@@ -45,6 +46,8 @@ def fisher_diag(
     reduction: str = ...,
     power: float = ...,
     groups: None = ...,
+    into: Mapping[str, Tensor] | None = ...,
+    alpha: float = ...,
     parameters: Iterable[str] | None = ...,
     strict: bool = ...,
     progress: bool = ...,
@@ -63,6 +66,7 @@ def fisher_diag(
     reduction: str = ...,
     power: float = ...,
     groups: Literal["target"] | GroupsOf,
+    alpha: float = ...,
     parameters: Iterable[str] | None = ...,
     strict: bool = ...,
     progress: bool = ...,
@@ -80,6 +84,8 @@ def fisher_diag(
     reduction: str = "mean",
     power: float = 2,
     groups: Literal["target"] | GroupsOf | None = None,
+    into: Mapping[str, Tensor] | None = None,
+    alpha: float = 1.0,
     parameters: Iterable[str] | None = None,
     strict: bool = True,
     progress: bool = False,
@@ -125,6 +131,18 @@ def fisher_diag(
             that occur. Every group has buffers of its own, of the size of the parameters, and adds
             its own kernel calls: batches that hold few groups are the fastest. The draws of
             ``"mc"`` follow the order of the groups within a batch.
+        into: buffers that the result is added to, and returned in: a :class:`FisherDiag` of the
+            same kind, reduction and power, or any mapping that has, for each parameter, a tensor
+            of its shape, float32 or float64 (float64 alone for float64 parameters). A pass that
+            raises has not changed them. So one buffer holds the scores ``F_f - w * F_r``::
+
+                scores = fisher_diag(model, forget)
+                fisher_diag(model, remain, into=scores, alpha=-w)
+                fisher_mask_(model, scores, ratio=0.002)
+
+            The mean is that of the samples of one call, whatever ``into`` holds already. For the
+            mean over several calls take ``"sum"`` and divide by ``.samples`` at the end.
+        alpha: factor of the result, added or not.
         parameters: names to compute; None is every parameter that requires grad.
         strict: raise where a parameter cannot be computed; otherwise leave it out and warn.
         progress: show a progress bar on a terminal.
@@ -132,7 +150,9 @@ def fisher_diag(
     Returns:
         A mapping from parameter names to tensors of the parameter's shape, float64 for float64
         parameters and float32 for all others. With ``groups`` a :class:`FisherGroups`, a mapping
-        from each group to such a result, of that group's samples alone.
+        from each group to such a result, of that group's samples alone. With ``into`` a
+        :class:`FisherDiag` of those very buffers: ``into`` itself if it is one, its ``samples``
+        then those of all calls.
 
     Raises:
         ValueError: an argument is not as described, or ``data`` has no sample.
@@ -146,7 +166,15 @@ def fisher_diag(
     expand = functools.partial(
         objectives, kind, resolved, samples=samples, generator=generator, power=power
     )
+    alpha = check_alpha(alpha)
     chosen = _chosen_parameters(model, parameters)
+    if into is not None:
+        if groups is not None:
+            raise ValueError("into: groups have buffers of their own; expected None with groups")
+        if not strict:
+            raise ValueError("into: expected strict=True, lest a parameter's share be missing")
+        settings = {"kind": kind, "reduction": reduction, "power": power}
+        check_into(into, model, chosen, settings)
     run = _Pass(
         model,
         resolved.per_sample,
@@ -160,7 +188,7 @@ def fisher_diag(
     with _left_as_found(model, run.buffers), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
             run.add_batch(inputs, targets)
-    results = run.finish(kind, reduction)
+    results = run.finish(kind, reduction, alpha, into)
     return results[0] if groups is None else FisherGroups(results)
 
 
@@ -539,8 +567,10 @@ class _Pass:
 
     # -- the end -----------------------------------------------------------------------------
 
-    def finish(self, kind: str, reduction: str) -> dict[int, FisherDiag]:
-        """What was summed, by group."""
+    def finish(
+        self, kind: str, reduction: str, alpha: float, into: Mapping[str, Tensor] | None
+    ) -> dict[int, FisherDiag]:
+        """``alpha`` times what was summed, by group, or added to ``into``."""
         if not self.sums:
             raise ValueError("data: expected at least one sample")
         for name, parameter in self.tracked.items():
@@ -549,9 +579,16 @@ class _Pass:
         rules = {name: self.rules.get(name, "not used: zero") for name in self.chosen}
         results = {}
         for group, sums in self.sums.items():
-            values = sums.finish(1.0 / sums.samples if reduction == "mean" else 1.0)
+            factor = alpha / sums.samples if reduction == "mean" else alpha
+            if into is not None:
+                sums.add_to(into, factor)
+            if isinstance(into, FisherDiag):
+                into.samples += sums.samples
+                into.rules.update(rules)
+                results[group] = into
+                continue
             results[group] = FisherDiag(
-                values,
+                sums.finish(factor) if into is None else {name: into[name] for name in self.chosen},
                 samples=sums.samples,
                 kind=kind,
                 reduction=reduction,

@@ -66,6 +66,16 @@ class Sums:
                 total.add_(value)
                 value.zero_()
 
+    def add_to(self, buffers: Mapping[str, Tensor], factor: float) -> None:
+        """Adds ``factor`` times the sums to other buffers; ends their use."""
+        if self._totals:
+            self._fold()
+        for name in self._parameters:
+            value = self._totals.pop(name, None)
+            value = self.of(name) if value is None else value
+            buffers[name].add_(value, alpha=factor)
+            self._sums.pop(name, None)
+
     def finish(self, factor: float) -> dict[str, Tensor]:
         """``factor`` times the sums, contiguous, in the order of the parameters; ends their use."""
         if self._totals:

@@ -32,7 +32,11 @@ def _has(problem: Problem, kind: type[nn.Module]) -> bool:
 
 
 def backpack(problem: Problem, options: Options) -> Call:
-    """``SumGradSquared``; ``save_memory`` picks its other way through a convolution."""
+    """``SumGradSquared``.
+
+    ``save_memory`` picks its other way through a convolution; ``converter`` traces the model and
+    replaces what BackPACK's hooks refuse, such as operations in place.
+    """
     # Without opt_einsum, torch.einsum contracts BackPACK's four-operand expression for sequences
     # left to right and builds N x S x D1 x D2 numbers; it is no dependency of BackPACK, but only
     # fair to have.
@@ -41,7 +45,13 @@ def backpack(problem: Problem, options: Options) -> Call:
     extensions = import_module("backpack.extensions")
     convnd = import_module("backpack.core.derivatives.convnd")
 
-    model = library.extend(problem.model)
+    model = problem.model
+    converter = bool(options.get("converter", 0))
+    if converter:
+        for module in model.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False
+    extended = library.extend(model, use_converter=converter)
     summed = library.extend(problem.loss.summed())
     save_memory = bool(options.get("save_memory", 0))
 
@@ -53,7 +63,7 @@ def backpack(problem: Problem, options: Options) -> Call:
             library.backpack(extensions.SumGradSquared()),
         ):
             warnings.simplefilter("ignore")
-            summed(model(problem.inputs), problem.targets).backward()
+            summed(extended(problem.inputs), problem.targets).backward()
         return {}
 
     def read(_outcome: Values) -> Values:
@@ -71,7 +81,10 @@ def backpack(problem: Problem, options: Options) -> Call:
 
 def backpack_modes(problem: Problem) -> Iterable[Options]:
     """BackPACK has two ways through a convolution; which is faster depends on the layers."""
-    return [{"save_memory": 0}, {"save_memory": 1}] if _has(problem, _ConvNd) else [NO_OPTIONS]
+    modes: list[Options] = [NO_OPTIONS]
+    if _has(problem, _ConvNd):
+        modes = [{"save_memory": 0}, {"save_memory": 1}]
+    return [*modes, *({**mode, "converter": 1} for mode in modes)]
 
 
 # -- NNGeometry ----------------------------------------------------------------------------------

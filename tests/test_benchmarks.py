@@ -128,6 +128,21 @@ def token_inputs(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     return tokens, torch.randint(4, (batch,), generator=generator)
 
 
+class InPlace(nn.Module):
+    """Adds to the output of a layer, as residual blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(108, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        out += x
+        return self.head(out.flatten(1))
+
+
+IN_PLACE = replace(TINY, build=InPlace)
 NO_NORM = replace(TINY, build=no_norm_net)
 TOKENS = Case("tokens", "a test", token_net, token_inputs, batch=6)
 
@@ -137,6 +152,7 @@ TOKENS = Case("tokens", "a test", token_net, token_inputs, batch=6)
     [
         ("backpack", TINY, "ok", ""),
         ("backpack", TOKENS, "ok", ""),
+        ("backpack", IN_PLACE, "ok", "converter 1"),
         ("nngeometry", TINY, "ok", ""),
         ("nngeometry", TOKENS, "failed", "I do not know what to do with layer Embedding(7, 6)"),
         ("opacus", TINY, "failed", "BatchNorm2d"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import DataLoader
@@ -22,6 +23,11 @@ from benchmarks.registry import Problem
 def _in(module: str, parameter: str) -> str:
     """The name of a module's parameter in the whole model."""
     return f"{module}.{parameter}" if module else parameter
+
+
+def _shapes(problem: Problem) -> dict[str, torch.Size]:
+    """The shape of each parameter, under all of its names where modules share it."""
+    return {name: p.shape for name, p in problem.model.named_parameters(remove_duplicate=False)}
 
 
 def _has(problem: Problem, kind: type[nn.Module]) -> bool:
@@ -100,6 +106,8 @@ def nngeometry(problem: Problem, options: Options) -> Call:
         else backend.torch_hooks.use_unfold_impl_for_convs
     )
 
+    shapes = _shapes(problem)
+
     def per_sample(inputs: Tensor, targets: Tensor) -> Tensor:
         return problem.loss.per_sample(problem.model(inputs), targets)
 
@@ -120,7 +128,11 @@ def nngeometry(problem: Problem, options: Options) -> Call:
                 shape = getattr(layer, part)
                 if shape is not None:
                     end = start + shape.numel()
-                    values[_in(name, part)] = outcome["all"][start:end].view(shape.size)
+                    # Of transposed convolutions it swaps the axes in the description alone.
+                    size = shapes.get(_in(name, part))
+                    if size is None or size.numel() != shape.numel():
+                        size = shape.size
+                    values[_in(name, part)] = outcome["all"][start:end].view(size)
                     start = end
         return values
 
@@ -188,8 +200,7 @@ def kronfluence(problem: Problem, options: Options) -> Call:
         def compute_measurement(self, batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
             return self.compute_train_loss(batch, model)
 
-    named = problem.model.named_parameters(remove_duplicate=False)
-    shapes = {name: p.shape for name, p in named}
+    shapes = _shapes(problem)
     dtype = next(problem.model.parameters()).dtype
     task = BatchLoss()
     model = analyzer.prepare_model(problem.model, task)

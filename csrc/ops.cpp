@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("conv2d_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::conv2d_sum_grad_squared_));
   m.impl("channel_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::channel_sum_grad_squared_));
   m.impl("embedding_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::embedding_sum_grad_squared_));
+  m.impl("select_top", TORCH_BOX(&fastfisher::cpu::select_top));
+  m.impl("zero_selected_", TORCH_BOX(&fastfisher::cpu::zero_selected_));
 }
 
 PYBIND11_MODULE(_C, m) {

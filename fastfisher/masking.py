@@ -3,7 +3,8 @@
 The score of a parameter is ``F_f - w * F_r`` (forget and remain Fisher, paper section 3.2). The
 top ``R`` of all scored units, over all parameters together, is set to zero in place. What is
 selected depends on the scores alone, never on the device or the number of threads: ties go to the
-lowest flat index in the order of ``model.named_parameters()``.
+lowest flat index in the order of ``model.named_parameters()``. The selection itself, which reads
+the scores twice, is in :mod:`fastfisher.topr`.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import islice
 from numbers import Real
-from typing import Literal, NoReturn, cast, get_args
+from typing import Literal, NoReturn, TypeAlias, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import topr
 from .files import replacing
 
 Granularity = Literal["parameter", "kernel"]
+Scope: TypeAlias = "Literal['global', 'layer'] | Callable[[str], Hashable]"
 
 _FORMAT = {"format": "fastfisher.mask", "version": "1"}
-_DIGIT_BITS = 16
 
 
 def fisher_mask_(
@@ -41,6 +43,7 @@ def fisher_mask_(
     remain_weight: float = 1.0,
     granularity: Granularity = "parameter",
     exclude: Sequence[str] = (),
+    scope: Scope = "global",
 ) -> Mask:
     """Zero, in place, the units of ``model`` with the highest score ``F_f - w * F_r``.
 
@@ -69,6 +72,9 @@ def fisher_mask_(
             are then neither scored nor masked.
         exclude: parameter names or :mod:`fnmatch` patterns, such as ``"fc.*"``, that are neither
             scored nor masked.
+        scope: which parameters compete. "global": all of them. "layer": those of one module, such
+            as a weight and its bias. A callable: those whose names it maps to the same key. In
+            each group of ``N`` units, its own ``floor(R * N)`` are zeroed.
 
     Returns:
         The mask, which can undo itself.
@@ -79,43 +85,175 @@ def fisher_mask_(
             parameter that would be masked shares memory with another one.
         TypeError: an argument is of the wrong type.
     """
-    ratio = _checked_real("ratio", ratio, at_most=1.0)
+    [plan] = plan_masks(
+        model,
+        forget,
+        remain,
+        ratios=[ratio],
+        remain_weight=remain_weight,
+        granularity=granularity,
+        exclude=exclude,
+        scope=scope,
+    )
+    return plan.apply_()
+
+
+def plan_masks(
+    model: nn.Module,
+    forget: Mapping[str, Tensor],
+    remain: Mapping[str, Tensor] | None = None,
+    *,
+    ratios: Sequence[float],
+    remain_weight: float = 1.0,
+    granularity: Granularity = "parameter",
+    exclude: Sequence[str] = (),
+    scope: Scope = "global",
+) -> list[MaskPlan]:
+    """Find, for several ratios together, what :func:`fisher_mask_` would zero; modifies nothing.
+
+    The scores are read once for all ratios.
+
+    Args:
+        model: as of :func:`fisher_mask_`.
+        forget: as of :func:`fisher_mask_`; not to be modified while a plan is in use.
+        remain: as of :func:`fisher_mask_`; not to be modified while a plan is in use.
+        ratios: each as ``ratio`` of :func:`fisher_mask_`.
+        remain_weight: as of :func:`fisher_mask_`.
+        granularity: as of :func:`fisher_mask_`.
+        exclude: as of :func:`fisher_mask_`.
+        scope: as of :func:`fisher_mask_`.
+
+    Returns:
+        One plan per ratio. Undo the mask of one before you apply another.
+
+    Raises:
+        ValueError: as :func:`fisher_mask_`.
+        TypeError: as :func:`fisher_mask_`.
+    """
+    ratios = [_checked_real("ratio", ratio, at_most=1.0) for ratio in ratios]
     weight = _checked_real("remain_weight", remain_weight)
     parameters, first_names = _named(model)
     forget_values = _by_first_name("forget", forget, parameters, first_names)
-    remain_values = None
+    remain_values: dict[str, Tensor] = {}
     if remain is not None:
         remain_values = _by_first_name("remain", remain, parameters, first_names)
         _check_pair(forget, remain, forget_values, remain_values)
     names = _scored_names(parameters, first_names, forget_values, granularity, exclude)
 
-    scores = []
-    for name in names:
-        score = forget_values[name]
-        if remain_values is not None:
-            score = score - remain_values[name].to(score.device) * weight
-        units = _unit_scores(score, granularity)
-        if not bool(torch.isfinite(units).all()):
-            raise ValueError(f"the score of parameter {name!r} is NaN or infinite")
-        scores.append(units)
-    k = _unit_count(ratio, sum(units.numel() for units in scores))
-    selected = select_top(scores, k)
-    lowest = [
-        float(units[chosen].min())
-        for units, chosen in zip(scores, selected, strict=True)
-        if bool(chosen.any())
+    plans = [
+        MaskPlan(ratio, granularity, None if remain is None else weight, tuple(names), [])
+        for ratio in ratios
     ]
-    mask = _record(
-        {name: parameters[name] for name in names},
-        selected,
-        ratio=ratio,
-        granularity=granularity,
-        remain_weight=None if remain is None else weight,
+    not_finite = set()
+    for group in _grouped(names, scope):
+        scores = [forget_values[name] for name in group]
+        others = [remain_values[name] for name in group] if remain_values else []
+        if granularity == "kernel":
+            if others:
+                scores = [s - o.to(s.device) * weight for s, o in zip(scores, others, strict=True)]
+                others = []
+            scores = [_unit_scores(score, granularity) for score in scores]
+        units = sum(score.numel() for score in scores)
+        counts = [_unit_count(ratio, units) for ratio in ratios]
+        found = topr.select_top(scores, counts, remain=others, weight=weight)
+        not_finite |= {n for n, ok in zip(group, found.finite.tolist(), strict=True) if not ok}
+        members = {name: parameters[name] for name in group}
+        for plan, k, key, selected in zip(
+            plans, counts, found.keys.tolist(), found.selected, strict=True
+        ):
+            plan.groups.append(_Group(members, scores, others, weight, k, key, selected))
+    for name in names:
+        if name in not_finite:
+            raise ValueError(f"the score of parameter {name!r} is NaN or infinite")
+    return plans
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaskPlan:
+    """A selection that is ready to be zeroed; made by :func:`plan_masks`.
+
+    Attributes:
+        ratio: ``R``.
+        granularity: "parameter" or "kernel".
+        remain_weight: ``w``; ``None`` if no remain Fisher is used.
+        names: of the scored parameters, in parameter order.
+        groups: the parameters that compete with each other, and what is selected of them.
+    """
+
+    ratio: float
+    granularity: Granularity
+    remain_weight: float | None
+    names: tuple[str, ...]
+    groups: list[_Group]
+
+    def apply_(self) -> Mask:
+        """Zero the selected units of the model, in place.
+
+        Returns:
+            The mask, which can undo itself.
+        """
+        zeroed: dict[str, _Zeroed] = {}
+        for group in self.groups:
+            zeroed |= group.zero_(self.granularity)
         # Adding 0.0 makes -0.0, which ranks as +0.0, read as 0.0.
-        threshold=min(lowest) + 0.0 if lowest else None,
-    )
-    mask.apply_(model)
-    return mask
+        thresholds = [
+            topr.value_of(group.key, group.scores) + 0.0 for group in self.groups if group.k
+        ]
+        return Mask(
+            self.ratio,
+            self.granularity,
+            self.remain_weight,
+            min(thresholds, default=None),
+            tuple(tuple(group.parameters) for group in self.groups),
+            {name: zeroed[name] for name in self.names},
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Group:
+    """Parameters that compete with each other.
+
+    Attributes:
+        parameters: of the model, by name.
+        scores: of the units of each parameter: of all its elements, or of its kernels.
+        remain: nothing, or what to subtract from each of ``scores``, times ``weight``.
+        weight: of ``remain``.
+        k: units selected of all of them.
+        key: of the last unit selected; see :class:`topr.Selection`.
+        selected: in each chunk of the scores; see :class:`topr.Selection`.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    scores: list[Tensor]
+    remain: list[Tensor]
+    weight: float
+    k: int
+    key: int
+    selected: Tensor
+
+    @torch.no_grad()
+    def zero_(self, granularity: Granularity) -> dict[str, _Zeroed]:
+        """Zero what is selected, and return what it was."""
+        parameters = list(self.parameters.values())
+        if granularity == "kernel":
+            zeroed = _record(self.parameters, _masks(self.scores, self.key, self.selected))
+            for parameter, part in zip(parameters, zeroed.values(), strict=True):
+                if part.values.numel():
+                    parameter.masked_fill_(part.mask().to(parameter.device), 0)
+            return zeroed
+        records = topr.zero_selected_(
+            parameters,
+            self.scores,
+            self.key,
+            self.selected,
+            remain=self.remain,
+            weight=self.weight,
+            record=True,
+        )
+        return {
+            name: _Zeroed(parameter.shape, part.code, part.values).shortest(part.runs)
+            for (name, parameter), part in zip(self.parameters.items(), records, strict=True)
+        }
 
 
 def random_mask_(
@@ -155,14 +293,11 @@ def random_mask_(
     device = generator.device if generator is not None else torch.device("cpu")
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
     chosen[torch.randperm(sum(sizes), generator=generator, device=device)[:k].cpu()] = True
-    mask = _record(
+    zeroed = _record(
         {name: parameters[name] for name in names},
         [part.view(shape) for part, shape in zip(chosen.split(sizes), shapes, strict=True)],
-        ratio=ratio,
-        granularity=granularity,
-        remain_weight=None,
-        threshold=None,
     )
+    mask = Mask(ratio, granularity, None, None, (tuple(names),), zeroed)
     mask.apply_(model)
     return mask
 
@@ -173,9 +308,7 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Order: larger first; equal elements by position, the earlier tensor and then the lower
     row-major index first. -0.0 equals +0.0, denormals differ from zero, NaN ranks below all else.
 
-    Nothing is concatenated or sorted: the k-th largest value is found by a radix select on integer
-    keys, then each tensor is compared with it. Beside the result, this needs the keys of one
-    tensor at a time.
+    Nothing is concatenated or sorted; see :func:`fastfisher.topr.select_top`.
 
     Args:
         scores: floating-point tensors of any shape, strides, dtype and device.
@@ -188,27 +321,15 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         TypeError: a score is not of a floating-point dtype.
         ValueError: ``k`` is out of range.
     """
-    for score in scores:
-        if not score.is_floating_point():
-            raise TypeError(f"scores must be floating-point tensors, got {score.dtype}")
-    total = sum(score.numel() for score in scores)
-    if not 0 <= k <= total:
-        raise ValueError(f"k must be in 0..{total}, the number of scores, got {k}")
-    if k == 0:
-        return [torch.zeros(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    # Both conversions are exact, so scores of different dtypes compare by value.
-    wide = any(score.dtype == torch.float64 for score in scores)
-    dtype = torch.float64 if wide else torch.float32
-    boundary, ties = _kth_key(scores, k, dtype)
-    masks = []
-    for score in scores:
-        keys = _ordered_keys(score, dtype)
-        mask = keys > boundary
-        tied = (keys == boundary).nonzero().squeeze(1)[:ties]
-        mask[tied] = True
-        ties -= tied.numel()
-        masks.append(mask.view(score.shape))
-    return masks
+    found = topr.select_top(scores, [k])
+    return _masks(scores, int(found.keys[0]), found.selected[0])
+
+
+def _masks(scores: Sequence[Tensor], key: int, selected: Tensor) -> list[Tensor]:
+    """A selection as one contiguous bool tensor per score, of its shape and on its device."""
+    masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    topr.zero_selected_(masks, scores, key, selected)
+    return [mask.logical_not_() for mask in masks]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -216,20 +337,23 @@ class Mask:
     """Which weights were zeroed, and what they were.
 
     Made by :func:`fisher_mask_`, :func:`random_mask_` and :meth:`load`. Holds, on the CPU, one bit
-    per scored element or the indices of the zeroed ones, whichever is smaller, and the original
-    values of the zeroed ones.
+    per scored element, or the indices of the zeroed ones, or the runs of such indices, whichever is
+    the smallest, and the original values of the zeroed ones.
 
     Attributes:
         ratio: ``R``, the fraction of the units that was asked for.
         granularity: "parameter" or "kernel": what a unit is.
         remain_weight: ``w``; ``None`` if no remain Fisher was used.
         threshold: the smallest score selected; ``None`` for an empty or a random mask.
+        groups: names of the parameters that competed with each other: one group of all of them
+            where the scope was "global".
     """
 
     ratio: float
     granularity: Granularity
     remain_weight: float | None
     threshold: float | None
+    groups: tuple[tuple[str, ...], ...]
     _zeroed: Mapping[str, _Zeroed]
 
     @property
@@ -351,6 +475,7 @@ class Mask:
             "granularity": self.granularity,
             "remain_weight": self.remain_weight,
             "threshold": self.threshold,
+            "groups": [list(group) for group in self.groups],
             "shapes": {name: list(zeroed.shape) for name, zeroed in self._zeroed.items()},
         }
         with replacing(path) as temporary:
@@ -388,7 +513,8 @@ class _Zeroed:
     Attributes:
         shape: of the parameter.
         code: the mask in row-major order: uint8, eight elements a byte, lowest bit first; or
-            int32/int64, the ascending flat indices. Whichever is smaller.
+            int32/int64, the ascending flat indices; or int32/int64 ``[runs, 2]``, the first index
+            of each run of consecutive ones and its length. Whichever is the smallest.
         values: the original values in row-major order, of the parameter's dtype.
     """
 
@@ -401,14 +527,33 @@ class _Zeroed:
         """Take the masked elements of ``parameter``; both have the same shape, on any devices."""
         values = parameter.detach()[mask.to(parameter.device)].cpu()
         flat = mask.reshape(-1).cpu()
-        size = flat.numel()
-        index_dtype = torch.int32 if size <= 2**31 else torch.int64
-        if values.numel() * index_dtype.itemsize < _packed_size(size):
-            code = flat.nonzero().squeeze(1).to(index_dtype)
-        else:
-            bits = nn.functional.pad(flat.to(torch.uint8), (0, -size % 8)).view(-1, 8)
-            code = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-        return cls(parameter.shape, code, values)
+        index = flat.nonzero()[:, 0].to(topr.index_dtype(flat.numel()))
+        code = index if index.nbytes < _packed_size(flat.numel()) else topr.pack_bits(flat)
+        runs = int((flat[1:] & ~flat[:-1]).sum()) + int(flat[:1].any())
+        return cls(parameter.shape, code, values).shortest(runs)
+
+    def shortest(self, runs: int) -> _Zeroed:
+        """The same with the mask as its ``runs`` runs, where that takes less memory."""
+        dtype = topr.index_dtype(math.prod(self.shape))
+        if 2 * runs * dtype.itemsize >= self.code.nbytes:
+            return self
+        index = self.index()
+        first = torch.ones_like(index, dtype=torch.bool)
+        first[1:] = index[1:] != index[:-1] + 1
+        starts = first.nonzero()[:, 0]
+        lengths = torch.cat([starts, torch.tensor([index.numel()])]).diff()
+        return _Zeroed(self.shape, torch.stack([index[starts], lengths], 1).to(dtype), self.values)
+
+    def index(self) -> Tensor:
+        """Decode: the ascending flat indices, int64."""
+        if self.code.dtype == torch.uint8:
+            return self.mask().view(-1).nonzero()[:, 0]
+        if self.code.dim() == 1:
+            return self.code.long()
+        starts, lengths = self.code.long().unbind(1)
+        # Within a run, the index and the rank among the masked elements grow together.
+        ahead = starts - (lengths.cumsum(0) - lengths)
+        return torch.arange(int(lengths.sum())) + ahead.repeat_interleave(lengths)
 
     def mask(self) -> Tensor:
         """Decode: a bool tensor of the parameter's shape, on the CPU."""
@@ -417,31 +562,45 @@ class _Zeroed:
             flat = ((self.code[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool()
             return flat.view(-1)[:size].view(self.shape)
         flat = torch.zeros(size, dtype=torch.bool)
-        flat[self.code.long()] = True
+        flat[self.index()] = True
         return flat.view(self.shape)
 
     def check(self, name: str, unit_size: int) -> None:
         """Raise ``ValueError`` unless the parts, read from a file, are those of a mask."""
         size = math.prod(self.shape)
-        if self.code.dim() != 1 or self.values.dim() != 1:
+        is_runs = self.code.dim() == 2 and self.code.dtype != torch.uint8
+        if not (self.code.dim() == 1 or is_runs) or self.values.dim() != 1:
             raise ValueError(f"the tensors of {name!r} are not flat")
+        if self.code.dtype not in (torch.uint8, torch.int32, torch.int64):
+            raise ValueError(f"the mask of {name!r} has dtype {self.code.dtype}")
         if self.code.dtype == torch.uint8:
             if self.code.numel() != _packed_size(size):
                 raise ValueError(f"the mask of {name!r} does not have one bit per element")
             if size % 8 and int(self.code[-1]) >> (size % 8):
                 raise ValueError(f"the mask of {name!r} has bits beyond its last element")
-            index = self.mask().view(-1).nonzero().squeeze(1)
-        elif self.code.dtype in (torch.int32, torch.int64):
-            index = self.code.long()
-            ascending = bool((index[1:] > index[:-1]).all())
-            if index.numel() and not (ascending and index[0] >= 0 and int(index[-1]) < size):
-                raise ValueError(f"the indices of {name!r} are not ascending within its shape")
+            count = int(self.mask().sum())
+        elif is_runs:
+            if self.code.shape[1] != 2:
+                raise ValueError(f"the runs of {name!r} are not pairs of a start and a length")
+            starts, lengths = self.code.long().unbind(1)
+            ends = starts + lengths
+            # Where the sum overflowed, an end is not after its start.
+            ascending = bool((starts >= 0).all() and (ends > starts).all())
+            ascending = ascending and bool((starts[1:] > ends[:-1]).all())
+            if not ascending or (ends.numel() and int(ends[-1]) > size):
+                raise ValueError(f"the runs of {name!r} are not ascending within its shape")
+            count = int(lengths.sum())
         else:
-            raise ValueError(f"the mask of {name!r} has dtype {self.code.dtype}")
-        if self.values.numel() != index.numel():
+            ascending = bool((self.code[1:] > self.code[:-1]).all())
+            count = self.code.numel()
+            if count and not (ascending and self.code[0] >= 0 and int(self.code[-1]) < size):
+                raise ValueError(f"the indices of {name!r} are not ascending within its shape")
+        # Before decoding: a file must not make this ask for more memory than its own values take.
+        if self.values.numel() != count:
             raise ValueError(
-                f"{name!r} has {self.values.numel()} values for {index.numel()} masked elements"
+                f"{name!r} has {self.values.numel()} values for {count} masked elements"
             )
+        index = self.index()
         whole = index.numel() % unit_size == 0
         if whole and index.numel():
             units = index.view(-1, unit_size)
@@ -452,22 +611,28 @@ class _Zeroed:
             raise ValueError(f"the mask of {name!r} splits a kernel")
 
 
-def _record(
-    parameters: Mapping[str, Tensor],
-    selected: Sequence[Tensor],
-    *,
-    ratio: float,
-    granularity: Granularity,
-    remain_weight: float | None,
-    threshold: float | None,
-) -> Mask:
-    """Make the mask of the selected units of ``parameters``, in the same order."""
+def _record(parameters: Mapping[str, Tensor], selected: Sequence[Tensor]) -> dict[str, _Zeroed]:
+    """Take the selected units of ``parameters``, in the same order."""
     zeroed = {}
     for (name, parameter), units in zip(parameters.items(), selected, strict=True):
         positions = [1] * (parameter.dim() - units.dim())
         mask = units.view((*units.shape, *positions)).expand(parameter.shape)
         zeroed[name] = _Zeroed.record(parameter, mask)
-    return Mask(ratio, granularity, remain_weight, threshold, zeroed)
+    return zeroed
+
+
+def _grouped(names: Sequence[str], scope: object) -> list[list[str]]:
+    """The names that compete with each other, in order."""
+    if scope == "global":
+        return [list(names)]
+    if scope == "layer":
+        return _grouped(names, lambda name: name.rpartition(".")[0])
+    if not callable(scope):
+        raise ValueError(f"scope must be 'global', 'layer' or a callable, got {scope!r}")
+    groups: dict[Hashable, list[str]] = {}
+    for name in names:
+        groups.setdefault(scope(name), []).append(name)
+    return list(groups.values())
 
 
 def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
@@ -475,7 +640,7 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
     if any(header.get(key) != value for key, value in _FORMAT.items()):
         raise ValueError(f"the header does not say {_FORMAT}")
     description = json.loads(header.get("mask", ""), parse_constant=_refuse_constant)
-    fields = {"ratio", "granularity", "remain_weight", "threshold", "shapes"}
+    fields = {"ratio", "granularity", "remain_weight", "threshold", "groups", "shapes"}
     if not isinstance(description, dict) or description.keys() != fields:
         raise ValueError(f"the header does not have the fields {sorted(fields)}")
     ratio = _checked_real("ratio", description["ratio"], at_most=1.0)
@@ -491,6 +656,14 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
         raise ValueError("shapes must map names to lists of sizes")
     if tensors.keys() != {f"{part}:{name}" for name in shapes for part in ("mask", "values")}:
         raise ValueError("the tensors are not those of the parameters in the header")
+    groups = description["groups"]
+    if (
+        not isinstance(groups, list)
+        or not all(isinstance(group, list) and group for group in groups)
+        or not all(isinstance(name, str) for group in groups for name in group)
+        or sorted(name for group in groups for name in group) != sorted(shapes)
+    ):
+        raise ValueError("groups must be lists of names, each parameter's in one of them")
     zeroed = {}
     for name, shape in shapes.items():
         if not _is_scored(len(shape), granularity):
@@ -499,9 +672,13 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
             torch.Size(shape), tensors[f"mask:{name}"], tensors[f"values:{name}"]
         )
         zeroed[name].check(name, _unit_size(zeroed[name].shape, granularity))
-    mask = Mask(ratio, granularity, weight, threshold, zeroed)
-    if mask.k != _unit_count(ratio, mask.units):
-        raise ValueError(f"{mask.k} of {mask.units} units is not the ratio {ratio}")
+    mask = Mask(ratio, granularity, weight, threshold, tuple(map(tuple, groups)), zeroed)
+    counts = mask.counts
+    for group in groups:
+        k = sum(counts[name] for name in group)
+        units = sum(math.prod(_unit_shape(zeroed[name].shape, granularity)) for name in group)
+        if k != _unit_count(ratio, units):
+            raise ValueError(f"{k} of {units} units is not the ratio {ratio}")
     if mask.k == 0 and threshold is not None:
         raise ValueError("an empty mask has no threshold")
     return mask
@@ -744,42 +921,3 @@ def _shares_memory(written: Tensor, read: Tensor) -> bool:
 
     view(written).fill_(True)
     return bool(view(read).any())
-
-
-def _ordered_keys(score: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flat signed integers in the order of the elements; NaN is the lowest, -0.0 is +0.0.
-
-    Integers, because comparing floats is not exact for denormals where the processor is told to
-    flush them to zero.
-    """
-    values = score.detach().reshape(-1).to(dtype)
-    bits = values.view(torch.int64 if dtype == torch.float64 else torch.int32)
-    limits = torch.iinfo(bits.dtype)
-    keys = torch.where(bits < 0, -(bits & limits.max), bits)
-    return keys.masked_fill_(values.isnan(), limits.min)
-
-
-def _kth_key(scores: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Find the key of the ``k``-th largest score, and how many with that key are selected.
-
-    A radix select from the highest digit: the histogram of a digit, over the keys whose higher
-    digits are those found so far, says which digit the k-th key has.
-    """
-    found = 0
-    top = dtype.itemsize * 8 - _DIGIT_BITS
-    for shift in range(top, -1, -_DIGIT_BITS):
-        histogram = torch.zeros(2**_DIGIT_BITS, dtype=torch.int64)
-        # The highest digit is signed: offset, it counts from 0 as the others do.
-        offset = 2 ** (_DIGIT_BITS - 1) if shift == top else -(found << _DIGIT_BITS)
-        for score in scores:
-            keys = _ordered_keys(score, dtype)
-            if shift != top:
-                keys = keys[keys >> (shift + _DIGIT_BITS) == found]
-            digits = (keys >> shift) + offset
-            histogram += torch.bincount(digits, minlength=2**_DIGIT_BITS).cpu()
-        at_least = histogram.flip(0).cumsum(0)
-        place = int(torch.searchsorted(at_least, k))
-        if place:
-            k -= int(at_least[place - 1])
-        found = 2**_DIGIT_BITS - 1 - place - offset
-    return found, k

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "topr_kernels.h"
+
 namespace fastfisher::cpu {
 
 // One tile of the outer family: `rows` x `columns` entries of
@@ -91,6 +93,8 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  TopKernels<float> top_f32;
+  TopKernels<double> top_f64;
 
   template <typename T>
   const Kernels<T>& of() const {
@@ -98,6 +102,15 @@ struct KernelTable {
       return f32;
     } else {
       return f64;
+    }
+  }
+
+  template <typename T>
+  const TopKernels<T>& top() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return top_f32;
+    } else {
+      return top_f64;
     }
   }
 };

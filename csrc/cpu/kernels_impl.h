@@ -8,6 +8,10 @@
 #error "include this file from a kernels_<isa>.cpp only"
 #endif
 
+#if defined(FASTFISHER_X86)
+#include <immintrin.h>
+#endif
+
 #define FF_INLINE inline __attribute__((always_inline))
 #define FF_UNROLL _Pragma("GCC unroll 16")
 
@@ -545,10 +549,13 @@ Kernels<T> make_kernels() {
           &outer_tile<T>,   &depthwise_tile<T>, &channel_sums<T>, &add_powers<T>, &add<T>};
 }
 
+#include "topr_impl.h"
+
 }  // namespace
 
 const KernelTable& FF_TABLE() {
-  static const KernelTable table = {FF_NAME, make_kernels<float>(), make_kernels<double>()};
+  static const KernelTable table = {FF_NAME, make_kernels<float>(), make_kernels<double>(),
+                                    make_top_kernels<float>(), make_top_kernels<double>()};
   return table;
 }
 

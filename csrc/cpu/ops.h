@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace fastfisher::cpu {
@@ -20,5 +21,13 @@ void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tenso
                                std::optional<Tensor> factor, double alpha, int64_t power);
 void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t padding_index,
                                  double alpha, int64_t power);
+
+// topr_select.cpp, topr_zero.cpp
+std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
+                                              std::vector<Tensor> remain, double weight,
+                                              std::vector<int64_t> counts);
+std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
+                                          std::vector<Tensor> scores, std::vector<Tensor> remain,
+                                          double weight, int64_t key, Tensor selected, bool record);
 
 }  // namespace fastfisher::cpu

@@ -1,13 +1,13 @@
 """Find the weight w and the ratio R of FisherMask on training images kept out of the Fisher.
 
-One pass over the data gives F_f and F_r; every (w, R) after that is only a selection, so that a
-whole grid costs little more than the evaluations. No test image is looked at.
+One pass over the data gives F_f and F_r; every w after that is only a selection, for all R
+together, so that a whole grid costs little more than the evaluations. No test image is looked at.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..data import size_of, subset, targets_of
 from ..fisher_diag import FisherDiag
-from ..masking import Granularity, fisher_mask_
+from ..masking import Granularity, MaskPlan, Scope, plan_masks
 from .metrics import accuracy
 
 REMAIN_WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0)
@@ -58,6 +58,7 @@ def search_mask(
     extra_ratio: float | None = None,
     granularity: Granularity = "parameter",
     exclude: Sequence[str] = (),
+    scope: Scope = "global",
     max_forget: float = 0.005,
     tie: float = 0.001,
     progress: bool = False,
@@ -81,6 +82,7 @@ def search_mask(
         extra_ratio: one more R.
         granularity: as in :func:`fastfisher.fisher_mask_`.
         exclude: as in :func:`fastfisher.fisher_mask_`.
+        scope: as in :func:`fastfisher.fisher_mask_`.
         max_forget: forget accuracy that counts as forgotten.
         tie: difference of remain accuracies that counts as none.
         progress: show a bar, if the standard error is a terminal.
@@ -99,19 +101,24 @@ def search_mask(
         raise ValueError("remain_weights and ratios: expected at least one value each")
     weights = sorted({*remain_weights, remain_fisher.samples / forget_fisher.samples})
     all_ratios = sorted({*ratios} if extra_ratio is None else {*ratios, extra_ratio})
-    grid = [(weight, ratio) for weight in weights for ratio in all_ratios]
     forget_batches, remain_batches = list(held_forget), list(held_remain)
 
-    def measure(weight: float, ratio: float, *, always_remain: bool) -> Candidate:
-        mask = fisher_mask_(
-            model,
-            forget_fisher,
-            remain_fisher,
-            ratio=ratio,
-            remain_weight=weight,
-            granularity=granularity,
-            exclude=exclude,
-        )
+    def plans() -> Iterator[tuple[float, MaskPlan]]:
+        for weight in weights:
+            for plan in plan_masks(
+                model,
+                forget_fisher,
+                remain_fisher,
+                ratios=all_ratios,
+                remain_weight=weight,
+                granularity=granularity,
+                exclude=exclude,
+                scope=scope,
+            ):
+                yield weight, plan
+
+    def measure(weight: float, plan: MaskPlan, *, always_remain: bool) -> Candidate:
+        mask = plan.apply_()
         try:
             forget = accuracy(model, forget_batches)
             remain = None
@@ -119,18 +126,24 @@ def search_mask(
                 remain = accuracy(model, remain_batches)
         finally:
             mask.undo_(model)
-        return Candidate(weight, ratio, mask.k, forget, remain)
+        return Candidate(weight, plan.ratio, mask.k, forget, remain)
 
-    candidates = [
-        measure(weight, ratio, always_remain=False)
-        for weight, ratio in _with_bar(grid, "search", progress)
-    ]
+    def measure_all(description: str, *, always_remain: bool) -> list[Candidate]:
+        from tqdm import tqdm
+
+        bar = tqdm(
+            plans(),
+            desc=description,
+            total=len(weights) * len(all_ratios),
+            unit="mask",
+            disable=None if progress else True,
+        )
+        return [measure(weight, plan, always_remain=always_remain) for weight, plan in bar]
+
+    candidates = measure_all("search", always_remain=False)
     if all(candidate.remain is None for candidate in candidates):
         # Nothing forgets: the trade-off decides, and that needs both accuracies of each.
-        candidates = [
-            measure(weight, ratio, always_remain=True)
-            for weight, ratio in _with_bar(grid, "search again", progress)
-        ]
+        candidates = measure_all("search again", always_remain=True)
     best = choose(candidates, max_forget, tie)
     return [dataclasses.replace(c, chosen=c is best) for c in candidates]
 
@@ -174,14 +187,3 @@ def hold_out(
     held = torch.zeros(total, dtype=torch.bool)
     held[by_class[positions]] = True
     return subset(dataset, (~held).nonzero()[:, 0]), subset(dataset, held.nonzero()[:, 0])
-
-
-def _with_bar(
-    grid: Sequence[tuple[float, float]], description: str, progress: bool
-) -> Iterable[tuple[float, float]]:
-    from tqdm import tqdm
-
-    bar: Iterable[tuple[float, float]] = tqdm(
-        grid, desc=description, unit="mask", disable=None if progress else True
-    )
-    return bar

@@ -1,0 +1,306 @@
+"""Time of the top-R selection beside torch's own ways to it, and beside reading the scores.
+
+    python benchmarks/topr.py                      10^8 scores, then 10^4 small tensors
+    python benchmarks/topr.py --size 1e6           a smoke run
+    python benchmarks/topr.py --threads 2 --save   keep the run and put it into docs/performance
+
+Zeroes what the k largest of float32 scores belong to. The unit is a plain read: the time in which
+torch reads the scores of one tensor once, the fastest of dot, sum and max of the same round. Two
+reads are the least that a selection takes that keeps no more than 1% of the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+if not __package__:
+    # Behind the installed packages: the fastfisher with compiled kernels goes before its source.
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from benchmarks.machine import ROOT, environment, slug
+from benchmarks.markdown import update_marked
+from benchmarks.measure import _give_back_freed_memory, peak_rss_growth
+from fastfisher import topr
+from fastfisher.files import replacing
+
+RESULTS = ROOT / "benchmarks" / "results" / "topr"
+PAGE = ROOT / "docs" / "performance" / "topr.md"
+TENSORS = 10_000
+OURS = "select_top + zero_selected_"
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """One contender on one case; what was not measured is ``None``.
+
+    Attributes:
+        mask: "same" as a stable sort's, or how it differs.
+        ms: median over rounds.
+        reads: median over rounds of its time over that of one plain read of the scores.
+        sums: the same over ``torch.sum`` of the scores, which is not always the fastest read.
+        times_ours: median over rounds of its time over that of ``OURS``.
+        peak_percent: peak resident memory above the level before the call, over the bytes of the
+            scores.
+    """
+
+    case: str
+    contender: str
+    mask: str
+    rounds: int
+    ms: float
+    reads: float
+    sums: float
+    times_ours: float
+    peak_percent: float | None = None
+
+
+def zero_top(
+    parameters: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    k: int,
+    remain: Sequence[Tensor] = (),
+    record: bool = False,
+) -> None:
+    """What fisher_mask_ does between its checks and the building of the mask."""
+    found = topr.select_top(scores, [k], remain=remain)
+    key, selected = int(found.keys[0]), found.selected[0]
+    topr.zero_selected_(parameters, scores, key, selected, remain=remain, record=record)
+
+
+def zero_top_plain(parameters: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> None:
+    """The same by the operators' plain-torch kernels: a loop over the tensors."""
+    keys, selected, _ = topr._select_top_default(scores, [], 1.0, [k])
+    topr._zero_selected_default(parameters, scores, [], 1.0, int(keys[0]), selected[0], False)
+
+
+def topk_scatter(parameter: Tensor, score: Tensor, k: int) -> None:
+    parameter.scatter_(0, score.topk(k, sorted=False).indices, 0.0)
+
+
+def kthvalue_masked_fill(parameter: Tensor, score: Tensor, k: int) -> None:
+    parameter.masked_fill_(score >= score.kthvalue(score.numel() - k + 1).values, 0.0)
+
+
+def loop(parameters: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> None:
+    """One threshold for all, then tensor by tensor."""
+    everything = torch.cat(list(scores))
+    threshold = everything.kthvalue(everything.numel() - k + 1).values
+    for parameter, score in zip(parameters, scores, strict=True):
+        parameter.masked_fill_(score >= threshold, 0.0)
+
+
+def compare(parameters: Sequence[Tensor], ranked: Tensor, k: int) -> str:
+    """How the zeros in ``parameters``, of ones before, differ from a stable sort's first ``k``."""
+    zeroed = torch.cat([p.reshape(-1) for p in parameters]) == 0
+    count = int(zeroed.sum())
+    if count != k:
+        return f"{count - k:+} scalars"
+    threshold = ranked[zeroed].min()
+    ties = zeroed[ranked == threshold]
+    in_order = not bool((ties[1:] & ~ties[:-1]).any())
+    if bool(zeroed[ranked > threshold].all()) and in_order:
+        return "same"
+    return "other ties" if bool(zeroed[ranked > threshold].all()) else "wrong"
+
+
+def timed(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def measure(
+    case: str,
+    parameters: Sequence[Tensor],
+    everything: Tensor,
+    calls: Mapping[str, tuple[Call, Tensor, int]],
+    *,
+    k: int,
+    memory: bool,
+) -> list[Row]:
+    """Check, then time in interleaved rounds.
+
+    Args:
+        case: name of the case.
+        parameters: what the calls zero elements of.
+        everything: the scores in one piece, which the unit reads.
+        calls: contender -> call, what it ranks in one piece, rounds to take part in.
+        k: how many are zeroed.
+        memory: also measure peak memory.
+    """
+    masks, peaks = {}, dict.fromkeys(calls)
+    for name, (call, ranked, _) in calls.items():
+        for parameter in parameters:
+            parameter.fill_(1.0)
+        call()
+        masks[name] = compare(parameters, ranked, k)
+        if memory:
+            _give_back_freed_memory()
+            peaks[name] = 100 * peak_rss_growth(call) / everything.nbytes
+    reads: list[float] = []
+    sums: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(max(rounds for _, _, rounds in calls.values())):
+        sums.append(timed(everything.sum))
+        others = (lambda: torch.dot(everything, everything), everything.max)
+        reads.append(min(sums[-1], *map(timed, others)))
+        for name, (call, _, rounds) in calls.items():
+            if number < rounds:
+                seconds[name].append(timed(call))
+    return [
+        Row(
+            case,
+            name,
+            masks[name],
+            len(taken),
+            1e3 * statistics.median(taken),
+            statistics.median(t / r for t, r in zip(taken, reads, strict=False)),
+            statistics.median(t / s for t, s in zip(taken, sums, strict=False)),
+            statistics.median(t / o for t, o in zip(taken, seconds[OURS], strict=False)),
+            peaks[name],
+        )
+        for name, taken in seconds.items()
+    ]
+
+
+def one_tensor(size: int, ratio: float, rounds: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(size, generator=generator).square_()
+    remain = torch.rand(size, generator=generator).square_()
+    parameter = torch.ones(size)
+    k = int(ratio * size)
+    difference = score - remain
+    slow = min(rounds, 3)
+    calls: dict[str, tuple[Call, Tensor, int]] = {
+        OURS: (lambda: zero_top([parameter], [score], k), score, rounds),
+        "with the record of a mask": (
+            lambda: zero_top([parameter], [score], k, record=True),
+            score,
+            rounds,
+        ),
+        "of F_f - w * F_r, not formed": (
+            lambda: zero_top([parameter], [score], k, [remain]),
+            difference,
+            rounds,
+        ),
+        "torch.topk + scatter": (lambda: topk_scatter(parameter, score, k), score, slow),
+        "kthvalue + masked_fill": (lambda: kthvalue_masked_fill(parameter, score, k), score, slow),
+    }
+    case = f"one tensor of {size:,}, k = {k:,}"
+    return measure(case, [parameter], score, calls, k=k, memory=True)
+
+
+def many_tensors(ratio: float, rounds: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 200, (TENSORS,), generator=generator).tolist()
+    everything = torch.rand(sum(sizes), generator=generator).square_()
+    scores = [part.clone() for part in everything.split(sizes)]
+    parameters = [torch.ones_like(part) for part in scores]
+    k = int(ratio * sum(sizes))
+    calls: dict[str, tuple[Call, Tensor, int]] = {
+        OURS: (lambda: zero_top(parameters, scores, k), everything, rounds),
+        "its plain-torch kernels, a loop": (
+            lambda: zero_top_plain(parameters, scores, k),
+            everything,
+            1,
+        ),
+        "kthvalue of all, loop of masked_fill": (
+            lambda: loop(parameters, scores, k),
+            everything,
+            rounds,
+        ),
+    }
+    case = f"{TENSORS:,} tensors, {sum(sizes):,} scores, k = {k:,}"
+    return measure(case, parameters, everything, calls, k=k, memory=False)
+
+
+def markdown(machine: report.Environment, command: str, rows: Sequence[Row]) -> str:
+    """One run as a section of the page."""
+    lines = [f"### {machine['threads']} thread(s)", ""]
+    lines.append("| case | contender | mask | ms | reads | times ours | peak memory |")
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        peak = "-" if row.peak_percent is None else f"{row.peak_percent:.2f}%"
+        lines.append(
+            f"| {row.case} | {row.contender} | {row.mask} | {row.ms:.1f} | {row.reads:.2f} "
+            f"| {row.times_ours:.1f} | {peak} |"
+        )
+    bound = (
+        f"{OURS}, one tensor: {100 * 2 / rows[0].reads:.0f}% of the bound of two plain reads; "
+        f"{100 * 2 / rows[0].sums:.0f}% of that of two calls of `torch.sum`."
+    )
+    lines += ["", bound, ""]
+    lines += [f"{line}  " for line in report.header(machine).splitlines()]
+    return "\n".join([*lines, f"`{command}`"]) + "\n"
+
+
+def saved_runs(folder: Path = RESULTS) -> str:
+    """All saved runs as the generated part of the page."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return "\n".join(
+        markdown(run["environment"], run["command"], [Row(**row) for row in run["rows"]])
+        for run in runs
+    )
+
+
+def main(argv: Sequence[str] | None = None, *, results: Path = RESULTS, page: Path = PAGE) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; those of the process when ``None``.
+        results: the folder that ``--save`` writes to.
+        page: the page whose generated part ``--save`` renews.
+
+    Returns:
+        0; 1 where a mask of ours is not that of a stable sort.
+    """
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/topr.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", type=float, default=1e8, metavar="N", help="default: 1e8")
+    parser.add_argument("--ratio", type=float, default=0.01, metavar="R", help="default: 0.01")
+    parser.add_argument("--threads", type=int, metavar="T", help="default: torch's own choice")
+    parser.add_argument("--rounds", type=int, default=9, metavar="R", help="default: 9")
+    parser.add_argument("--save", action="store_true", help="keep the run; renew the page")
+    given = parser.parse_args(argv)
+    if not (given.size * given.ratio >= 1 and 0 < given.ratio < 1 and given.rounds > 0):
+        parser.error("--size, --ratio, --rounds: expected 0 < R < 1, R * N of 1 or more, a round")
+    arguments = sys.argv[1:] if argv is None else argv
+    command = " ".join(["python", "benchmarks/topr.py", *arguments])
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    machine = environment()
+    # First the small ones, before large ones have come and gone in the heap.
+    small = many_tensors(given.ratio, given.rounds)
+    rows = one_tensor(int(given.size), given.ratio, given.rounds) + small
+    print(markdown(machine, command, rows))
+    if given.save:
+        run = {"command": command, "environment": machine, "rows": [asdict(row) for row in rows]}
+        name = f"{slug(str(machine['cpu']))}-{machine['threads']}t.json"
+        results.mkdir(parents=True, exist_ok=True)
+        with replacing(results / name) as temporary:
+            temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        update_marked(page, saved_runs(results))
+    ours = [row for row in rows if not row.contender.startswith(("torch", "kth"))]
+    return int(any(row.mask != "same" for row in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+// Top-R, first half: the k-th largest of many scores, and how many each chunk has of the first k.
+//
+// A random sample brackets the k-th key. One pass over the scores then counts the keys above the
+// bracket, collects those inside and makes a histogram of them: its bin with the k-th key, searched
+// among what was collected, has the answer. Where the sample misled, or too many keys lie inside to
+// be collected, that bin, or what the bracket left out, is the bracket of another pass. Every sum
+// is one of integers over chunks that depend on the tensors alone, so neither the number of threads
+// nor the instruction set can change a result.
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "topr_scores.h"
+
+namespace fastfisher::cpu {
+namespace {
+
+using topr::Scores;
+using topr::Scratch;
+
+// The sample is large enough for a bracket of this part of the scores, within bounds: at least
+// kSmallestSample scores, at most kLargestSample of them or one in kSampleEvery.
+constexpr double kBracketed = 0.0025;
+constexpr int64_t kSampleEvery = 64, kSmallestSample = int64_t{1} << 14;
+constexpr int64_t kLargestSample = int64_t{1} << 18;
+// Half the width of the bracket in standard deviations of the sampled rank: one call in some
+// hundreds needs another pass.
+constexpr double kMargin = 3.0;
+// Keys that a pass may collect: one in kCollectOneIn of the scores, so that they take less than 1%
+// of the memory of float32 scores, or kSmall if that is more. Up to kSmall scores need no sample.
+constexpr int64_t kCollectOneIn = 112;
+constexpr int64_t kSmall = int64_t{1} << 16;
+constexpr int64_t kBins = int64_t{1} << 12;
+
+// The keys [low, high].
+template <typename T>
+struct Bracket {
+  using Bits = std::make_unsigned_t<Key<T>>;
+
+  Key<T> low = lowest_key<T>;
+  Key<T> high = KeyOf<T>::infinity;
+
+  // One less than the number of keys, which may not fit.
+  Bits span() const { return static_cast<Bits>(high) - static_cast<Bits>(low); }
+  // The bracket is divided into at most kBins bins of 2^shift() keys, counted from above.
+  int shift() const {
+    int bits = 0;
+    while ((span() >> bits) >= Bits{kBins}) ++bits;
+    return bits;
+  }
+  Bracket bin(int64_t index) const {
+    const auto begin = static_cast<Bits>(index) << shift();
+    const Bits end = std::min<Bits>(begin + ((Bits{1} << shift()) - 1), span());
+    const auto top = static_cast<Bits>(high);
+    return {static_cast<Key<T>>(top - end), static_cast<Key<T>>(top - begin)};
+  }
+  bool has(Key<T> key) const { return low <= key && key <= high; }
+};
+
+// The search for one k-th key: a bracket, and what the last pass saw of it.
+template <typename T>
+struct Search {
+  int64_t index;  // of its count in the call
+  int64_t rank;   // k, from 1
+  Bracket<T> bracket;
+
+  std::vector<int32_t> above, inside;  // keys in each chunk
+  std::vector<int64_t> place;          // where the keys of a chunk begin in `collected`
+  std::unique_ptr<Key<T>[]> collected;
+  std::atomic<int64_t> used{0};
+  std::vector<int64_t> histogram;
+
+  // The ties of a single key are counted, and neither collected nor put into bins.
+  bool single() const { return bracket.low == bracket.high; }
+};
+
+template <typename T>
+class Selector {
+ public:
+  // Entry j of `keys` and row j of `selected` get the selection of counts[j] scores.
+  Selector(const Scores& scores, const std::vector<int64_t>& counts, int64_t* keys,
+           int64_t* selected)
+      : scores_(scores), keys_(keys), selected_(selected), not_finite_(scores.chunks()) {
+    for (size_t j = 0; j < counts.size(); ++j) {
+      keys[j] = int64_t{KeyOf<T>::infinity} + 1;
+      if (counts[j] == 0) continue;
+      auto& search = *open_.emplace_back(std::make_unique<Search<T>>());
+      search.index = static_cast<int64_t>(j);
+      search.rank = counts[j];
+    }
+    const int64_t searches = std::max<int64_t>(1, static_cast<int64_t>(open_.size()));
+    budget_ = std::min(scores.total, std::max(kSmall, scores.total / kCollectOneIn / searches));
+  }
+
+  // Entry t of `finite` gets whether the scores of tensor t are.
+  void run(bool* finite) {
+    if (scores_.total > kSmall && !open_.empty()) bracket();
+    do {
+      pass();
+      std::erase_if(open_, [&](const auto& search) { return resolve(*search); });
+    } while (!open_.empty());
+    std::fill_n(finite, scores_.sources.size(), true);
+    for (int64_t c = 0; c < scores_.chunks(); ++c) {
+      if (not_finite_[c]) finite[scores_.chunk[c].tensor] = false;
+    }
+  }
+
+ private:
+  // Brackets each rank between two ranks of a sample.
+  void bracket() {
+    double wanted = 0;
+    for (const auto& search : open_) {
+      const double part = part_of(*search);
+      wanted = std::max(wanted, std::pow(2 * kMargin / kBracketed, 2) * part * (1 - part));
+    }
+    const int64_t size =
+        std::min(std::clamp(static_cast<int64_t>(wanted), kSmallestSample, kLargestSample),
+                 scores_.total / kSampleEvery);
+    std::vector<Key<T>> sample(size);
+    torch::stable::parallel_for(0, size, 1024, [&](int64_t from, int64_t to) {
+      auto& scratch = Scratch<T>::get();
+      // Many at a time, so that their cache misses overlap.
+      Place places[64];
+      for (int64_t begin = from; begin < to; begin += 64) {
+        const int64_t count = std::min<int64_t>(64, to - begin);
+        for (int64_t i = 0; i < count; ++i) places[i] = random_place(begin + i, size);
+        for (int64_t i = 0; i < count; ++i) {
+          const auto& source = scores_.sources[places[i].tensor];
+          const T* score = topr::read(source, places[i].index, 1, scores_.weight, scratch);
+          sample[begin + i] = key_of(*score);
+        }
+      }
+    });
+    for (auto& search : open_) {
+      const double part = part_of(*search), rank = part * static_cast<double>(size);
+      const double margin = kMargin * (std::sqrt(rank * (1 - part)) + 2);
+      const auto first = static_cast<int64_t>(std::floor(rank - margin));
+      const auto last = static_cast<int64_t>(std::ceil(rank + margin));
+      auto end = sample.end();
+      const auto key_at = [&](int64_t place) {
+        const auto at = sample.begin() + (place - 1);
+        std::nth_element(sample.begin(), at, end, std::greater<>());
+        end = at;  // what is above is before it
+        return *at;
+      };
+      if (last <= size) search->bracket.low = key_at(last);
+      if (first >= 1) search->bracket.high = key_at(first);
+    }
+  }
+
+  double part_of(const Search<T>& search) const {
+    return static_cast<double>(search.rank) / static_cast<double>(scores_.total);
+  }
+
+  struct Place {
+    int64_t tensor, index;
+  };
+
+  // A random place in the i-th of `parts` equal parts, so that no pattern can meet a stride.
+  Place random_place(int64_t i, int64_t parts) const {
+    // splitmix64
+    uint64_t hash = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15;
+    hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9;
+    hash = (hash ^ (hash >> 27)) * 0x94d049bb133111eb;
+    hash ^= hash >> 31;
+    const int64_t step = scores_.total / parts;
+    const int64_t position = i * step + static_cast<int64_t>(hash % static_cast<uint64_t>(step));
+    const auto next = std::upper_bound(scores_.offset.begin(), scores_.offset.end(), position);
+    const int64_t tensor = next - scores_.offset.begin() - 1;
+    const int64_t index = position - scores_.offset[tensor];
+    const auto& source = scores_.sources[tensor];
+    __builtin_prefetch(source.forget + source.forget_elements.offset(index));
+    if (source.remain != nullptr) {
+      __builtin_prefetch(source.remain + source.remain_elements.offset(index));
+    }
+    return {tensor, index};
+  }
+
+  // Reads all scores once, for every open search.
+  void pass() {
+    for (auto& search : open_) {
+      search->above.assign(scores_.chunks(), 0);
+      search->inside.assign(scores_.chunks(), 0);
+      search->place.assign(scores_.chunks(), 0);
+      search->histogram.assign(kBins, 0);
+      search->used = 0;
+      // Not initialised: only what is used of it takes up memory.
+      if (!search->single()) search->collected.reset(new Key<T>[budget_]);
+    }
+    std::mutex mutex;
+    scores_.parallel([&](int64_t from, int64_t to) {
+      auto& scratch = Scratch<T>::get();
+      std::vector<std::vector<int64_t>> histograms(open_.size(), std::vector<int64_t>(kBins));
+      for (int64_t c = from; c < to; ++c) {
+        const T* score = scores_.read(scores_.chunk[c], scratch);
+        if (open_.empty()) filter(c, score, nullptr, {});
+        for (size_t s = 0; s < open_.size(); ++s) {
+          look(*open_[s], c, score, histograms[s], scratch.keys);
+        }
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (size_t s = 0; s < open_.size(); ++s) {
+        for (int64_t bin = 0; bin < kBins; ++bin) open_[s]->histogram[bin] += histograms[s][bin];
+      }
+    });
+  }
+
+  KeyCounts filter(int64_t c, const T* score, Key<T>* keys, const Bracket<T>& bracket) {
+    const KeyCounts counts =
+        kernels().top<T>().filter(keys, score, scores_.chunk[c].count, bracket.low, bracket.high);
+    if (!counts.finite) not_finite_[c] = 1;
+    return counts;
+  }
+
+  void look(Search<T>& search, int64_t c, const T* score, std::vector<int64_t>& histogram,
+            Key<T>* keys) {
+    if (search.single()) keys = nullptr;
+    const KeyCounts counts = filter(c, score, keys, search.bracket);
+    search.above[c] = counts.above;
+    search.inside[c] = counts.inside;
+    if (keys == nullptr || counts.inside == 0) return;
+    const int shift = search.bracket.shift();
+    const auto high = static_cast<typename Bracket<T>::Bits>(search.bracket.high);
+    for (int32_t i = 0; i < counts.inside; ++i) {
+      ++histogram[(high - static_cast<typename Bracket<T>::Bits>(keys[i])) >> shift];
+    }
+    search.place[c] = search.used.fetch_add(counts.inside, std::memory_order_relaxed);
+    if (search.place[c] + counts.inside <= budget_) {
+      std::copy(keys, keys + counts.inside, search.collected.get() + search.place[c]);
+    }
+  }
+
+  // Writes the selection, or returns false with the bracket of the next pass.
+  bool resolve(Search<T>& search) {
+    int64_t above = 0, inside = 0;
+    for (int64_t c = 0; c < scores_.chunks(); ++c) {
+      above += search.above[c];
+      inside += search.inside[c];
+    }
+    Bracket<T>& bracket = search.bracket;
+    if (search.rank <= above) {
+      bracket = {static_cast<Key<T>>(bracket.high + 1), KeyOf<T>::infinity};
+      return false;
+    }
+    if (search.rank > above + inside) {
+      bracket = {lowest_key<T>, static_cast<Key<T>>(bracket.low - 1)};
+      return false;
+    }
+    Key<T> key = bracket.high;
+    if (!search.single()) {
+      int64_t rank = search.rank - above, index = 0;
+      while (rank > search.histogram[index]) rank -= search.histogram[index++];
+      const Bracket<T> bin = bracket.bin(index);
+      if (inside > budget_) {
+        bracket = bin;
+        return false;
+      }
+      std::vector<Key<T>> candidates;
+      std::copy_if(search.collected.get(), search.collected.get() + inside,
+                   std::back_inserter(candidates), [&](Key<T> k) { return bin.has(k); });
+      std::nth_element(candidates.begin(), candidates.begin() + (rank - 1), candidates.end(),
+                       std::greater<>());
+      key = candidates[rank - 1];
+    }
+    keys_[search.index] = key;
+    select(search, key, selected_ + search.index * scores_.chunks());
+    return true;
+  }
+
+  // Keys above the k-th of each chunk, and as many of its ties as are left when their turn comes.
+  void select(const Search<T>& search, Key<T> key, int64_t* selected) const {
+    const int64_t chunks = scores_.chunks();
+    std::vector<int32_t> ties(search.inside);
+    int64_t left = search.rank;
+    for (int64_t c = 0; c < chunks; ++c) {
+      selected[c] = search.above[c];
+      if (!search.single()) {
+        const Key<T>* keys = search.collected.get() + search.place[c];
+        const Key<T>* end = keys + search.inside[c];
+        selected[c] += std::count_if(keys, end, [=](Key<T> k) { return k > key; });
+        ties[c] = static_cast<int32_t>(std::count(keys, end, key));
+      }
+      left -= selected[c];
+    }
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t taken = std::min<int64_t>(left, ties[c]);
+      selected[c] += taken;
+      left -= taken;
+    }
+  }
+
+  const Scores& scores_;
+  int64_t* const keys_;
+  int64_t* const selected_;
+  std::vector<uint8_t> not_finite_;  // chunks with a score that is NaN or infinite
+  std::vector<std::unique_ptr<Search<T>>> open_;
+  int64_t budget_ = 0;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
+                                              std::vector<Tensor> remain, double weight,
+                                              std::vector<int64_t> counts) {
+  const Scores all("select_top", scores, remain, weight);
+  for (const int64_t count : counts) {
+    FF_CHECK("select_top", "counts", count >= 0 && count <= all.total, "expected 0..", all.total,
+             ", the number of scores, got ", count);
+  }
+  const auto rows = static_cast<int64_t>(counts.size());
+  const auto tensors = static_cast<int64_t>(scores.size());
+  const Tensor keys = torch::stable::empty({rows}, ScalarType::Long);
+  const Tensor selected = torch::stable::empty({rows, all.chunks()}, ScalarType::Long);
+  const Tensor finite = torch::stable::empty({tensors}, ScalarType::Bool);
+  auto* to_keys = static_cast<int64_t*>(keys.mutable_data_ptr());
+  auto* to_selected = static_cast<int64_t*>(selected.mutable_data_ptr());
+  auto* to_finite = static_cast<bool*>(finite.mutable_data_ptr());
+  std::fill_n(to_selected, rows * all.chunks(), 0);
+  if (all.any_double) {
+    Selector<double>(all, counts, to_keys, to_selected).run(to_finite);
+  } else {
+    Selector<float>(all, counts, to_keys, to_selected).run(to_finite);
+  }
+  return {keys, selected, finite};
+}
+
+}  // namespace fastfisher::cpu

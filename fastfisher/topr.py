@@ -1,0 +1,369 @@
+"""Raw operators of the top-R selection: schemas, fake kernels, plain-torch default kernels.
+
+``select_top`` finds the largest scores of many tensors together, ``zero_selected_`` zeroes what
+they score. As with the operators of :mod:`fastfisher.ops`, the default kernels serve any device,
+the compiled ones take over on the CPU, and none is differentiable.
+
+Order: larger first; equal scores by position, the earlier tensor and then the lower row-major index
+first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ranks below all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 13
+"""Selected scores are counted in chunks of this many consecutive elements of a tensor."""
+
+_DIGIT_BITS = 16
+_ALIGNMENT = 16
+
+_library = torch.library.Library("fastfisher", "FRAGMENT")
+_library.define(
+    "select_top(Tensor[] scores, Tensor[] remain, float weight, int[] counts) -> "
+    "(Tensor keys, Tensor selected, Tensor finite)"
+)
+_library.define(
+    "zero_selected_(Tensor(a!)[] parameters, Tensor[] scores, Tensor[] remain, float weight, "
+    "int key, Tensor selected, bool record) -> (Tensor record, Tensor layout)"
+)
+
+
+class Selection(NamedTuple):
+    """What :func:`select_top` selects, for each of its ``counts`` (axis 0 of the first two).
+
+    Attributes:
+        keys: int64 ``[counts]``, the k-th largest score as an ordered integer, which
+            :func:`value_of` turns back; above all others where k is 0.
+        selected: int64 ``[counts, chunks]``, how many elements each chunk has of the first k:
+            those above the key, then those equal to it, in index order. A tensor's last chunk may
+            be shorter than :data:`CHUNK`.
+        finite: bool ``[tensors]``, whether no score of a tensor is NaN or infinite.
+    """
+
+    keys: Tensor
+    selected: Tensor
+    finite: Tensor
+
+
+class Zeroed(NamedTuple):
+    """What :func:`zero_selected_` zeroed in one tensor.
+
+    Attributes:
+        code: the ascending flat indices (int32, or int64 above 2**31 elements), or one bit per
+            element, the lowest bit of a byte first (uint8). Whichever is smaller.
+        values: what was zeroed, in index order, of the parameter's dtype.
+        runs: number of runs of consecutive indices.
+    """
+
+    code: Tensor
+    values: Tensor
+    runs: int
+
+
+def select_top(
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    remain: Sequence[Tensor] = (),
+    weight: float = 1.0,
+) -> Selection:
+    """Find the ``k`` largest elements of several tensors together, for each ``k`` in ``counts``.
+
+    The compiled kernel reads the scores once for all counts together, and again only where a sample
+    of them misled; beside the result it takes memory of less than 1% of float32 scores.
+
+    Args:
+        scores: floating-point tensors of any shape, strides, dtype and device.
+        counts: how many to select, each from 0 to the number of elements.
+        remain: nothing, or for each score a tensor of its shape and dtype: what is ranked is then
+            ``score - remain * weight``, computed in that dtype as two rounded operations.
+        weight: of ``remain``.
+
+    Returns:
+        The selection, on the CPU.
+
+    Raises:
+        TypeError: a score is not of a floating-point dtype.
+        ValueError: a count is out of range.
+        RuntimeError: ``remain`` does not match.
+    """
+    _check_dtypes(scores)
+    total = sum(map(Tensor.numel, scores))
+    for k in counts:
+        if not 0 <= k <= total:
+            raise ValueError(f"k must be in 0..{total}, the number of scores, got {k}")
+    # Without a tensor there is no device to dispatch on.
+    op = torch.ops.fastfisher.select_top.default if scores else _select_top_default
+    return Selection(*op(list(scores), list(remain), weight, list(counts)))
+
+
+def zero_selected_(
+    parameters: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    key: int,
+    selected: Tensor,
+    *,
+    remain: Sequence[Tensor] = (),
+    weight: float = 1.0,
+    record: bool = False,
+) -> list[Zeroed]:
+    """Zero, in place, the elements of ``parameters`` that a selection of ``scores`` selects.
+
+    Args:
+        parameters: tensors of the shapes of ``scores``, of any strides and dtype, that share no
+            memory; the elements that are not selected keep their bits.
+        scores: what :func:`select_top` was given.
+        key: one of :attr:`Selection.keys`.
+        selected: the row of :attr:`Selection.selected` that belongs to it.
+        remain: what :func:`select_top` was given.
+        weight: what :func:`select_top` was given.
+        record: return what was zeroed.
+
+    Returns:
+        With ``record`` one entry per tensor, on the CPU, in one piece of memory; else nothing.
+
+    Raises:
+        TypeError: a score is not of a floating-point dtype.
+        RuntimeError: the numbers, shapes or dtypes of the tensors do not match, or key and selected
+            are not those of these scores. In the last case parameters may have been modified.
+    """
+    _check_dtypes(scores)
+    if not scores:
+        return []
+    with torch.no_grad():
+        data, layout = torch.ops.fastfisher.zero_selected_.default(
+            list(parameters), list(scores), list(remain), weight, key, selected, record
+        )
+    changed = layout[:, 0].nonzero()[:, 0].tolist()
+    torch.autograd.graph.increment_version([parameters[i] for i in changed])
+    if not record:
+        return []
+    return [_zeroed(data, p, *row) for p, row in zip(parameters, layout.tolist(), strict=True)]
+
+
+def value_of(key: int, scores: Sequence[Tensor]) -> float:
+    """The score that has one of the keys that :func:`select_top` gave for ``scores``."""
+    dtype = _common_dtype(scores)
+    if -key > _infinity(dtype):
+        return float("nan")
+    magnitude = torch.tensor(abs(key), dtype=_integers(dtype)).view(dtype).item()
+    return -magnitude if key < 0 else magnitude
+
+
+def pack_bits(flat: Tensor) -> Tensor:
+    """One bit per element of a bool tensor: uint8 ``[ceil(n / 8)]``, the lowest bit first."""
+    bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def index_dtype(elements: int) -> torch.dtype:
+    """The narrowest dtype for indices of that many elements."""
+    return torch.int32 if elements <= 2**31 else torch.int64
+
+
+def _check_dtypes(scores: Sequence[Tensor]) -> None:
+    for dtype in {score.dtype for score in scores}:
+        if not dtype.is_floating_point:
+            raise TypeError(f"scores must be floating-point tensors, got {dtype}")
+
+
+def _zeroed(
+    data: Tensor, parameter: Tensor, count: int, width: int, code: int, values: int, runs: int
+) -> Zeroed:
+    size = parameter.numel()
+    bits = data[code : code + (count * width if width else -(-size // 8))]
+    return Zeroed(
+        bits.view(index_dtype(size)) if width else bits,
+        data[values : values + count * parameter.element_size()].view(parameter.dtype),
+        runs,
+    )
+
+
+# The plain-torch kernels.
+
+
+def _check(op: str, argument: str, condition: bool, expected: str) -> None:
+    # A RuntimeError, as the compiled kernels raise.
+    if not condition:
+        raise RuntimeError(f"fastfisher::{op}: {argument}: expected {expected}")
+
+
+def _scores(
+    op: str, scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float
+) -> list[Tensor]:
+    if not remain:
+        return list(scores)
+    _check(op, "remain", len(remain) == len(scores), "none or one for each score")
+    for score, other in zip(scores, remain, strict=True):
+        matches = other.dtype == score.dtype and other.shape == score.shape
+        _check(op, "remain", matches, "the dtypes and shapes of the scores")
+    return [s - r.to(s.device) * weight for s, r in zip(scores, remain, strict=True)]
+
+
+def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
+    # Both conversions are exact, so scores of different dtypes compare by value.
+    wide = any(score.dtype == torch.float64 for score in scores)
+    return torch.float64 if wide else torch.float32
+
+
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.float64 else torch.int32
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    return int(torch.tensor(float("inf"), dtype=dtype).view(_integers(dtype)))
+
+
+def _ordered_keys(score: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat signed integers in the order of the elements; NaN is the lowest, -0.0 is +0.0.
+
+    Integers, because comparing floats is not exact for denormals where the processor is told to
+    flush them to zero.
+    """
+    values = score.detach().reshape(-1).to(dtype)
+    bits = values.view(_integers(dtype))
+    keys = torch.where(bits < 0, -(bits & torch.iinfo(bits.dtype).max), bits)
+    return keys.masked_fill_(values.isnan(), -_infinity(dtype) - 1)
+
+
+def _kth_key(scores: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Find the key of the ``k``-th largest score, and how many with that key are selected.
+
+    A radix select from the highest digit: the histogram of a digit, over the keys whose higher
+    digits are those found so far, says which digit the k-th key has.
+    """
+    found = 0
+    top = dtype.itemsize * 8 - _DIGIT_BITS
+    for shift in range(top, -1, -_DIGIT_BITS):
+        histogram = torch.zeros(2**_DIGIT_BITS, dtype=torch.int64)
+        # The highest digit is signed: offset, it counts from 0 as the others do.
+        offset = 2 ** (_DIGIT_BITS - 1) if shift == top else -(found << _DIGIT_BITS)
+        for score in scores:
+            keys = _ordered_keys(score, dtype)
+            if shift != top:
+                keys = keys[keys >> (shift + _DIGIT_BITS) == found]
+            digits = (keys >> shift) + offset
+            histogram += torch.bincount(digits, minlength=2**_DIGIT_BITS).cpu()
+        at_least = histogram.flip(0).cumsum(0)
+        place = int(torch.searchsorted(at_least, k))
+        if place:
+            k -= int(at_least[place - 1])
+        found = 2**_DIGIT_BITS - 1 - place - offset
+    return found, k
+
+
+def _chunked(flat: Tensor) -> Tensor:
+    """A flat bool tensor as ``[chunks, CHUNK]``, filled up with False."""
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % CHUNK)).view(-1, CHUNK)
+
+
+def _chunks(score: Tensor) -> int:
+    return -(-score.numel() // CHUNK)
+
+
+def _select_top_default(
+    scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = _scores("select_top", scores, remain, weight)
+    dtype = _common_dtype(scores)
+    keys = torch.full((len(counts),), _infinity(dtype) + 1, dtype=torch.int64)
+    selected = torch.zeros(len(counts), sum(map(_chunks, scores)), dtype=torch.int64)
+    for j, k in enumerate(counts):
+        if k == 0:
+            continue
+        key, ties = _kth_key(scores, k, dtype)
+        own = [_ordered_keys(score, dtype) for score in scores]
+        above = torch.cat([_chunked(part > key).sum(1).cpu() for part in own])
+        tied = torch.cat([_chunked(part == key).sum(1).cpu() for part in own])
+        left = (ties - (tied.cumsum(0) - tied)).clamp_(min=0)
+        keys[j], selected[j] = key, above + tied.minimum(left)
+    finite = torch.tensor([bool(score.isfinite().all()) for score in scores], dtype=torch.bool)
+    return keys, selected, finite
+
+
+def _zero_selected_default(
+    parameters: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    remain: Sequence[Tensor],
+    weight: float,
+    key: int,
+    selected: Tensor,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "zero_selected_"
+    scores = _scores(op, scores, remain, weight)
+    _check(op, "parameters", len(parameters) == len(scores), "one for each score")
+    for parameter, score in zip(parameters, scores, strict=True):
+        _check(op, "parameters", parameter.shape == score.shape, "the shapes of the scores")
+    dtype = _common_dtype(scores)
+    masks = []
+    for score, counts in zip(scores, selected.split([*map(_chunks, scores)]), strict=True):
+        keys = _ordered_keys(score, dtype)
+        above, tied = _chunked(keys > key), _chunked(keys == key)
+        left = counts.to(keys.device) - above.sum(1)
+        chosen = above | (tied & (tied.cumsum(1) <= left[:, None]))
+        matches = torch.equal(chosen.sum(1).cpu(), counts)
+        _check(op, "selected", matches, "what select_top gave for these scores")
+        masks.append(chosen.view(-1)[: score.numel()].view(score.shape))
+
+    pieces: list[Tensor] = []
+    end = 0
+
+    def keep(piece: Tensor) -> int:
+        nonlocal end
+        begin = end
+        data = piece.view(torch.uint8)
+        pieces.append(torch.nn.functional.pad(data, (0, -data.numel() % _ALIGNMENT)))
+        end += pieces[-1].numel()
+        return begin
+
+    layout = torch.zeros(len(parameters), 5, dtype=torch.int64)
+    for row, parameter, mask in zip(layout, parameters, masks, strict=True):
+        mask = mask.to(parameter.device)
+        flat = mask.reshape(-1).cpu()
+        index = flat.nonzero()[:, 0].to(index_dtype(flat.numel()))
+        code = index if 8 * index.nbytes < flat.numel() else pack_bits(flat)
+        width = 0 if code.dtype == torch.uint8 else code.element_size()
+        runs = int((index[1:] != index[:-1] + 1).sum()) + int(flat.any()) if record else 0
+        places = [keep(code), keep(parameter[mask].cpu())]
+        row.copy_(torch.tensor([index.numel(), width, *places, runs]))
+        parameter.masked_fill_(mask, 0)
+    data = torch.cat(pieces) if record and pieces else torch.empty(0, dtype=torch.uint8)
+    return data, layout
+
+
+def _select_top_fake(
+    scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(len(counts), dtype=torch.int64),
+        torch.empty(len(counts), sum(map(_chunks, scores)), dtype=torch.int64),
+        torch.empty(len(scores), dtype=torch.bool),
+    )
+
+
+def _zero_selected_fake(
+    parameters: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    remain: Sequence[Tensor],
+    weight: float,
+    key: int,
+    selected: Tensor,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size() if record else 0
+    return (
+        torch.empty(size, dtype=torch.uint8),
+        torch.empty(len(parameters), 5, dtype=torch.int64),
+    )
+
+
+_library.impl("select_top", _select_top_default, "CompositeExplicitAutograd")
+_library.impl("zero_selected_", _zero_selected_default, "CompositeExplicitAutograd")
+torch.library.register_fake("fastfisher::select_top", _select_top_fake, lib=_library)
+torch.library.register_fake("fastfisher::zero_selected_", _zero_selected_fake, lib=_library)

@@ -1,0 +1,71 @@
+"""The benchmark of the selection checks what it times, and its page shows committed runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import topr
+from benchmarks.markdown import MARKS
+
+
+def test_page_shows_the_committed_runs() -> None:
+    text = topr.PAGE.read_text(encoding="utf-8")
+    begin, end = (text.index(mark) for mark in MARKS)
+    shown = text[begin + len(MARKS[0]) : end]
+    assert shown == topr.saved_runs() and "| same |" in shown
+
+
+def test_a_run_is_saved_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(topr, "TENSORS", 20)
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "".join(MARKS) + "\nafter\n", encoding="utf-8")
+    arguments = ["--size", "3e4", "--ratio", "0.1", "--rounds", "2", "--save"]
+    assert topr.main(arguments, results=tmp_path / "results", page=page) == 0
+    [path] = (tmp_path / "results").iterdir()
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 8 and all(row["ms"] > 0 and 1 <= row["rounds"] <= 2 for row in rows)
+    assert [row["mask"] for row in rows[:3]] == ["same"] * 3
+    section = topr.saved_runs(tmp_path / "results")
+    assert page.read_text(encoding="utf-8") == (f"before\n{MARKS[0]}{section}{MARKS[1]}\nafter\n")
+    assert capsys.readouterr().out.startswith(section)
+
+
+def test_a_wrong_mask_of_ours_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(topr, "TENSORS", 20)
+    zero_top = topr.zero_top
+
+    def one_less(parameters: list[Tensor], scores: list[Tensor], k: int, *_: object, **__: object):
+        zero_top(parameters, scores, k - 1)
+
+    monkeypatch.setattr(topr, "zero_top", one_less)
+    assert topr.main(["--size", "3e4", "--rounds", "1"], results=tmp_path, page=tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("zeros", "verdict"),
+    [
+        ([1, 2], "same"),
+        ([1, 4], "other ties"),
+        ([2, 4], "wrong"),
+        ([1], "-1 scalars"),
+        ([1, 2, 4], "+1 scalars"),
+    ],
+)
+def test_masks_are_compared_with_a_stable_sort(zeros: list[int], verdict: str) -> None:
+    ranked = torch.tensor([0.0, 3.0, 2.0, 1.0, 2.0])
+    parameter = torch.ones(5)
+    parameter[zeros] = 0
+    assert topr.compare([parameter], ranked, 2) == verdict
+
+
+@pytest.mark.parametrize("arguments", [["--ratio", "1.5"], ["--size", "10"], ["--rounds", "0"]])
+def test_bad_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        topr.main(arguments)

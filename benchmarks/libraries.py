@@ -54,7 +54,8 @@ def backpack(problem: Problem, options: Options) -> Call:
     model = problem.model
     converter = bool(options.get("converter", 0))
     if converter:
-        for module in model.modules():
+        modules: Any = model.modules()
+        for module in modules:
             if hasattr(module, "inplace"):
                 module.inplace = False
     extended = library.extend(model, use_converter=converter)

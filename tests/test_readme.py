@@ -10,9 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 STORED = [
-    report.read_json(path)
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    if not path.stem.startswith("latest")
+    report.read_json(path) for path in sorted((ROOT / "benchmarks" / "results").glob("all-*.json"))
 ]
 
 

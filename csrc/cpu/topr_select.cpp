@@ -13,6 +13,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <tuple>
 
 #include "dispatch.h"
@@ -27,7 +28,7 @@ using topr::Scratch;
 
 // The sample is large enough for a bracket of this part of the scores, within bounds: at least
 // kSmallestSample scores, at most kLargestSample of them or one in kSampleEvery.
-constexpr double kBracketed = 0.0025;
+constexpr double kBracketed = 0.004;
 constexpr int64_t kSampleEvery = 64, kSmallestSample = int64_t{1} << 14;
 constexpr int64_t kLargestSample = int64_t{1} << 18;
 // Half the width of the bracket in standard deviations of the sampled rank: one call in some
@@ -278,17 +279,19 @@ class Selector {
   void select(const Search<T>& search, Key<T> key, int64_t* selected) const {
     const int64_t chunks = scores_.chunks();
     std::vector<int32_t> ties(search.inside);
-    int64_t left = search.rank;
-    for (int64_t c = 0; c < chunks; ++c) {
-      selected[c] = search.above[c];
-      if (!search.single()) {
+    scores_.parallel([&](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; ++c) {
+        selected[c] = search.above[c];
+        if (search.single()) continue;
         const Key<T>* keys = search.collected.get() + search.place[c];
-        const Key<T>* end = keys + search.inside[c];
-        selected[c] += std::count_if(keys, end, [=](Key<T> k) { return k > key; });
-        ties[c] = static_cast<int32_t>(std::count(keys, end, key));
+        ties[c] = 0;
+        for (int32_t i = 0; i < search.inside[c]; ++i) {
+          selected[c] += keys[i] > key;
+          ties[c] += keys[i] == key;
+        }
       }
-      left -= selected[c];
-    }
+    });
+    int64_t left = search.rank - std::accumulate(selected, selected + chunks, int64_t{0});
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t taken = std::min<int64_t>(left, ties[c]);
       selected[c] += taken;

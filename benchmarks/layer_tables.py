@@ -27,7 +27,7 @@ COLUMNS = (
     "ours GFLOP/s",
     "torch GFLOP/s",
     "torch's by",
-    "ours / torch",
+    "ours / torch (IQR)",
     "of the floor",
     "error",
 )
@@ -47,7 +47,7 @@ SUMMARY_COLUMNS = (
 def cells(row: Row) -> list[str]:
     """One text a column of ``COLUMNS``."""
     gigaflop = row.shape.operations / 1e9
-    ratio = f"{row.ratio:.2f}"
+    ratio = f"{row.ratio:.2f}" if row.ratio <= 1 else f"**{row.ratio:.2f}**"
     return [
         str(row.shape),
         str(row.layers),
@@ -60,7 +60,7 @@ def cells(row: Row) -> list[str]:
         f"{1e3 * gigaflop / row.time_ms:.0f}",
         f"{1e3 * gigaflop / row.reference_ms:.0f}",
         row.engine,
-        ratio if row.ratio <= 1 else f"**{ratio}**",
+        f"{ratio} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})",
         f"{row.of_floor:.0%}",
         f"{row.error:.0e}",
     ]

@@ -68,11 +68,8 @@ def main(
             update_marked(page, tables(stored(results)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    slower = sorted((row for row in rows if row.ratio > 1), key=lambda row: -row.ratio)
     if rows:
-        print(f"\n{len(slower)} of {len(rows)} slower than torch's weight gradient")
-    for row in slower:
-        print(f"  {row.ratio:.2f}  {row.model}, {row.layout}, {row.shape} ({row.engine})")
+        print("\n" + _losses(rows))
     return 0
 
 
@@ -166,6 +163,16 @@ def _merged(earlier: Iterable[Row], new: Sequence[Row], models: Sequence[str]) -
     return sorted(
         [*kept, *new], key=lambda row: (models.index(row.model), layouts.index(row.layout))
     )
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """The shapes in which torch is faster, those first whose layers lose most time by it."""
+    lost = {row: row.layers * row.reference_ms * (row.ratio - 1) for row in rows if row.ratio > 1}
+    lines = [f"{len(lost)} of {len(rows)} slower than torch's weight gradient"]
+    for row in sorted(lost, key=lost.__getitem__, reverse=True):
+        about = f"{row.model}, {row.layout}, {row.shape} ({row.engine})"
+        lines.append(f"  {row.ratio:.2f}, {lost[row]:.2f} ms in {row.layers} layer(s): {about}")
+    return "\n".join(lines)
 
 
 def _text(rows: Sequence[Row]) -> str:

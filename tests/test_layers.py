@@ -222,7 +222,7 @@ def test_all_convolutions_have_a_line_and_all_linear_layers() -> None:
 
 def test_what_torch_does_faster_stands_out() -> None:
     shown = [line[11].strip() for line in lines_of([row(), row(ratio=0.987)]) if len(line) > 11]
-    assert shown == ["ours / torch", "**1.25**", "0.99"]
+    assert shown == ["ours / torch (IQR)", "**1.25** (1.20-1.30)", "0.99 (1.20-1.30)"]
 
 
 # Command line
@@ -275,6 +275,20 @@ def test_measured_parts_join_and_the_page_shows_them(
     assert page.startswith("words\n")
     assert "tiny, channels_last" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_loses_most_is_listed_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(layers=1), row(layers=2, ratio=1.2), row(layers=9, ratio=1.0)]
+    monkeypatch.setattr(layers, "measure_model", lambda *_, **__: iter([rows]))
+    assert run(tmp_path, "--models", "tiny") == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "2 of 3 slower than torch's weight gradient",
+        "  1.20, 3.20 ms in 2 layer(s): tiny, contiguous, 1000×1×1000 → 500 (BLAS)",
+        "  1.25, 2.00 ms in 1 layer(s): tiny, contiguous, 1000×1×1000 → 500 (BLAS)",
+    ]
 
 
 @pytest.mark.usefixtures("_quick")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -248,7 +249,10 @@ class Baselines(Mapping[str, Samples]):
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1) + "\n"
+            # The ratios of a benchmark on one line, not a line each.
+            text = re.sub(r"\[[\d\s.,]+\]", lambda match: " ".join(match[0].split()), text)
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Samples]:

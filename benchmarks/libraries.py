@@ -34,6 +34,11 @@ def _has(problem: Problem, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in problem.model.modules())
 
 
+def _has_large_images(problem: Problem) -> bool:
+    """Whether a convolution with a group for each sample and channel takes minutes a pass."""
+    return problem.inputs.dim() == 4 and problem.inputs.shape[-1] > 64
+
+
 # -- BackPACK ------------------------------------------------------------------------------------
 
 
@@ -90,7 +95,9 @@ def backpack_modes(problem: Problem) -> Iterable[Options]:
     """BackPACK has two ways through a convolution; which is faster depends on the layers."""
     modes: list[Options] = [NO_OPTIONS]
     if _has(problem, _ConvNd):
-        modes = [{"save_memory": 0}, {"save_memory": 1}]
+        modes = [{"save_memory": 1}]
+        if not _has_large_images(problem):
+            modes.insert(0, {"save_memory": 0})
     return [*modes, *({**mode, "converter": 1} for mode in modes)]
 
 

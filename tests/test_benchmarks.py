@@ -442,6 +442,15 @@ def test_chunk_sizes_double_up_to_the_batch() -> None:
     assert chunks == [{"chunk_size": 4}, {"chunk_size": 8}, {"chunk_size": 12}]
 
 
+def test_a_mode_that_takes_minutes_on_large_images_is_not_tried_on_them() -> None:
+    def modes(problem: Problem) -> list[int]:
+        return [o["save_memory"] for o in RIVALS["backpack"].candidates(problem)]
+
+    small = NO_NORM.problem("nchw", 1)
+    assert modes(small) == [0, 1, 0, 1]
+    assert modes(replace(small, inputs=torch.zeros(1, 3, 224, 224))) == [1, 1]
+
+
 # Memory
 
 

@@ -37,14 +37,15 @@ def update_marked(path: Path, table: str) -> None:
 
 def short(run: Run) -> str:
     """The README's table: some cases and contenders of one run."""
-    environment, command, rows = run
+    environment, _, rows = run
     chosen = [r for r in rows if r.case in SHORT_CASES and r.contender in SHORT_CONTENDERS]
     legend = (
         "Multiples of the time (and peak memory) of one plain forward and backward pass of the "
         "same model; median of interleaved rounds. Error: worst parameter, relative, float32 "
         "against float64."
     )
-    lines = [*_every_contender(chosen), "", legend, "", *_conditions(environment, command)]
+    # The commands are with the table of all models: there are as many as parts it was measured in.
+    lines = [*_every_contender(chosen), "", legend, "", *_conditions(environment, "")]
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +139,7 @@ def _every_contender(rows: Sequence[Row]) -> list[str]:
         plain, ours = table[PLAIN], table[OURS]
         lines.append(
             f"| {case}, {plain.batch}, {layout} | {number(plain.time_ms, '.0f')} ms | "
-            f"**{_multiple(ours)}** | {number(ours.peak_ratio, '.2f')}x | "
+            f"**{_multiple(ours)}** | {number(ours.peak_ratio, '.2f')} | "
             f"{number(ours.max_rel_error, '.0e')} | "
             + " | ".join(_multiple(table[name]) if name in table else "" for name in rivals)
             + " |"

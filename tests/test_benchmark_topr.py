@@ -11,6 +11,8 @@ from torch import Tensor
 
 from benchmarks import topr
 from benchmarks.markdown import MARKS
+from benchmarks.measure import peak_rss_growth
+from fastfisher import ops
 
 
 def test_page_shows_the_committed_runs() -> None:
@@ -69,3 +71,11 @@ def test_masks_are_compared_with_a_stable_sort(zeros: list[int], verdict: str) -
 def test_bad_options_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         topr.main(arguments)
+
+
+@pytest.mark.skipif(not ops.build_info()["compiled"], reason="no compiled module")
+def test_the_memory_beside_the_scores_is_small() -> None:
+    scores, parameters = torch.rand(16_000_000), torch.ones(16_000_000)
+    topr.zero_top([parameters[:100_000]], [scores[:100_000]], 1000)
+    growth = peak_rss_growth(lambda: topr.zero_top([parameters], [scores], 160_000))
+    assert growth < scores.nbytes / 50  # 1%, and the pages that a first call touches

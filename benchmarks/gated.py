@@ -263,6 +263,6 @@ GATED: dict[str, Gated] = {
         Gated("embedding", "torch's gradient of the table", _embedding, repeats=40),
         Gated("resnet20", "a plain pass", _Model("resnet20", "nchw", 8)),
         Gated("transformer", "a plain pass", _Model("transformer", "contiguous", 4)),
-        Gated("fisher_mask", "torch.cat, topk, scatter", _selection),
+        Gated("fisher_mask", "torch.cat, topk, scatter", _selection, repeats=60),
     )
 }

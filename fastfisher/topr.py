@@ -332,7 +332,8 @@ def _zero_selected_default(
         runs = int((index[1:] != index[:-1] + 1).sum()) + int(flat.any()) if record else 0
         places = [keep(code), keep(parameter[mask].cpu())]
         row.copy_(torch.tensor([index.numel(), width, *places, runs]))
-        parameter.masked_fill_(mask, 0)
+        if index.numel():
+            parameter.masked_fill_(mask, 0)
     data = torch.cat(pieces) if record and pieces else torch.empty(0, dtype=torch.uint8)
     return data, layout
 

@@ -19,6 +19,7 @@ from .attribution import PROBES, Layout, lay_out
 from .groups import GroupsOf, resolve_groups, sort_by_group
 from .into import check_alpha, check_into
 from .losses import Objective, check_kind, objectives, resolve_loss
+from .random_stream import RandomStream
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .result import FisherDiag, FisherGroups
@@ -101,7 +102,13 @@ def fisher_diag(
 
     Every parameter is exact, by a fast rule or, slower, by ``torch.func`` (see ``.rules`` of the
     result; :class:`FallbackWarning` says so once), or the call raises. ``model`` is put in eval
-    mode for the pass and given back as it was: modes, buffers, ``.grad`` and hooks.
+    mode for the pass and given back as it was: modes, buffers, ``.grad`` and hooks, also if the
+    pass raises; so are torch's global random generators, whatever the model draws from them.
+
+    A model in bfloat16 or float16, or under ``torch.autocast``, runs as it always does; what its
+    layers read and the gradients at what they wrote are then contracted and added up in float32,
+    from copies of both: the products of half-precision numbers are exact, where a backward pass
+    would round each sample's gradient. Autocast sends the fused recurrent layers to the fallback.
 
     The first call on a model runs two samples beforehand to learn which rows of each output belong
     to which sample, and that samples do not depend on each other; every batch is then checked to
@@ -185,9 +192,13 @@ def fisher_diag(
         power,
         resolve_groups(groups),
     )
-    with _left_as_found(model, run.buffers), torch.enable_grad():
+    # Draws from torch's global generator are to move it on; the model's own are not.
+    is_drawing = kind == "mc" and generator is None
+    stream = contextlib.nullcontext() if is_drawing else RandomStream(chosen.values())
+    with _left_as_found(model, run.buffers), torch.inference_mode(False), torch.enable_grad():
         for inputs, targets in _with_progress(data, progress):
-            run.add_batch(inputs, targets)
+            with stream:
+                run.add_batch(inputs, targets)
     results = run.finish(kind, reduction, alpha, into)
     return results[0] if groups is None else FisherGroups(results)
 
@@ -228,6 +239,7 @@ def _left_as_found(model: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None
     training = [module for module in model.modules() if module.training]
     grads = [(p, p.grad) for p in model.parameters()]
     saved = [(b, b._version, b.detach().clone()) for b in buffers]
+    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
     try:
         if training:
             model.eval()
@@ -239,6 +251,9 @@ def _left_as_found(model: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None
             module.training = True
         for parameter, grad in grads:
             parameter.grad = grad
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         with torch.no_grad():
             for buffer, version, value in saved:
                 if buffer._version != version:
@@ -265,7 +280,20 @@ def _with_last(values: Iterator[Objective]) -> Iterator[tuple[Objective, bool]]:
 
 
 def _detached(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+    def detach(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        # No backward pass can keep a tensor of inference mode.
+        return leaf.clone() if leaf.is_inference() else leaf.detach()
+
+    return tree_map(detach, value)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A backward pass computes in the dtypes that the forward pass chose, and sums in float32."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _graph(output: Tensor) -> set[torch.autograd.graph.Node]:
@@ -664,6 +692,10 @@ class _Batch:
         self, losses: Tensor, inputs: Any, weight: float, *, keep_graph: bool = False
     ) -> None:
         """Adds ``weight`` times the squared gradients of ``losses [N]``."""
+        with _without_autocast(losses.device):
+            self._backward(losses, inputs, weight, keep_graph)
+
+    def _backward(self, losses: Tensor, inputs: Any, weight: float, keep_graph: bool) -> None:
         self._weight, self._keep_graph = weight, keep_graph
         self._done.clear()
         for site in self.recorder.sites:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .reference import PerSampleLoss
+from .reference import PerSampleLoss, wide
 
 KINDS = ("empirical", "mc", "exact")
 
@@ -198,12 +198,15 @@ def _class_roots(output: Tensor) -> Iterator[Tensor]:
 
 
 def _mse(output: Tensor, target: Tensor) -> Tensor:
+    # Drawn targets are wider than a half-precision output, whose steps would swallow the noise.
+    output = output.to(torch.promote_types(output.dtype, target.dtype))
     return _per_sample(F.mse_loss(output, target, reduction="none")) / 2
 
 
 def _draw_gaussian(output: Tensor, generator: torch.Generator | None) -> Tensor:
-    noise = torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-    return output + noise
+    mean = wide(output)
+    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    return mean + noise
 
 
 def _each_output(output: Tensor, scale: Tensor) -> Iterator[Tensor]:
@@ -224,7 +227,7 @@ def _bce_with_logits(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _draw_bernoulli(output: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.bernoulli(output.sigmoid(), generator=generator)
+    return torch.bernoulli(wide(output).sigmoid(), generator=generator)
 
 
 def _bernoulli_roots(output: Tensor) -> Iterator[Tensor]:

@@ -41,6 +41,11 @@ def sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def wide(values: Tensor) -> Tensor:
+    """``values`` in float32, or in float64 if they are that."""
+    return values.to(sum_dtype(values))
+
+
 def _powers(gradient: Tensor, power: int) -> Tensor:
     return gradient.square() if power == 2 else gradient.abs()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..recorder import Recorder, View
@@ -50,6 +51,19 @@ def parameter_views(
             return None
         views[name] = view
     return views
+
+
+def as_product_reads(x: Tensor) -> Tensor:
+    """``x`` as a matrix product or a convolution reads it: autocast may narrow it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def is_recast(x: Tensor) -> bool:
+    """Whether autocast may change the dtype that a norm of ``x`` computes in."""
+    return x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
 
 
 def as_dtype(tensor: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, bind, parameter_views, plain, untracked
+from .common import as_dtype, as_product_reads, bind, parameter_views, plain, untracked
 from .terms import Images
 
 
@@ -167,6 +167,7 @@ def _rule(dims: int, transposed: bool) -> Rule:
         x = bound["input"]
         if views is None or x.dim() != dims + 2:
             return NotImplemented
+        x = bound["input"] = as_product_reads(x)
         weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
         stride, dilation = _each(bound["stride"], dims), _each(bound["dilation"], dims)
         if isinstance(bound["padding"], str):

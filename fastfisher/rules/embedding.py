@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
+from ..reference import sum_dtype
 from .common import as_dtype, bind, parameter_views, plain
 from .terms import Gather
 
@@ -82,7 +83,7 @@ class EmbeddingBagUse:
     sample_axes: Sequence[int] = (0,)
 
     def _positions(self, grad: Tensor, samples: SampleAxis) -> tuple[Tensor, Tensor]:
-        factor = samples.split(self.factor).to(grad.dtype)
+        factor = samples.split(self.factor)
         each = samples.split(grad).unsqueeze(-2) * factor.unsqueeze(-1)
         index = samples.split(self.index)
         return each.reshape(samples.count, -1, grad.shape[1]), index.reshape(samples.count, -1)
@@ -145,7 +146,7 @@ def _embedding_bag(
     index = tokens[at] if len(tokens) else at
     if bound["padding_idx"] is not None:
         inside &= index != bound["padding_idx"] % bound["weight"].shape[0]
-    factor = inside.to(bound["weight"].dtype)
+    factor = inside.to(sum_dtype(bound["weight"]))
     if factors is not None:
         factor *= factors.detach()[at]
     if bound["mode"] == _MEAN:

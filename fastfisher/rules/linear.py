@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, bind, parameter_views, plain, untracked
+from .common import as_dtype, as_product_reads, bind, parameter_views, plain, untracked
 from .terms import Outer
 
 
@@ -72,13 +72,14 @@ def _record(
         return NotImplemented
     if bias is not None and bias.shape != weight.shape[1 if transposed else 0 :][:1]:
         return NotImplemented
+    x = bound["input"] = as_product_reads(x)
     use = LinearUse(views, range(x.dim() - 1), x, transposed)
     w, b = plain(recorder, weight), plain(recorder, bias)
 
     def compute() -> Tensor:
         if not transposed:
             return torch.nn.functional.linear(x, w, b)
-        return x @ w if b is None else x @ w + b
+        return x @ w if b is None else torch.addmm(b, x, w)
 
     return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, bind, parameter_views, plain, untracked
+from ..reference import wide
+from .common import as_dtype, bind, is_recast, parameter_views, plain, untracked
 
 
 @dataclass
@@ -140,7 +141,7 @@ def _batch_norm(*names: str) -> Rule:
             return NotImplemented
         weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
         eps, enabled = bound["eps"], bound["cudnn_enabled"]
-        scale = torch.rsqrt(var + eps)
+        scale = torch.rsqrt(wide(var) + eps)
         use = NormUse(views, (0,), x, None, mean, scale)
         inputs = untracked(recorder, bound)
         passing = None
@@ -167,7 +168,7 @@ def _layer_norm(
     )
     views = parameter_views(recorder, bound, ("weight", "bias"))
     x, shape = bound["input"], list(bound["normalized_shape"])
-    if views is None or x.dim() <= len(shape) or torch.is_autocast_enabled(x.device.type):
+    if views is None or x.dim() <= len(shape) or is_recast(x):
         return NotImplemented
     weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
     eps = bound["eps"]
@@ -192,7 +193,7 @@ def _group_norm(
     )
     views = parameter_views(recorder, bound, ("weight", "bias"))
     x, groups = bound["input"], bound["num_groups"]
-    if views is None or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
+    if views is None or x.dim() < 2 or is_recast(x):
         return NotImplemented
     weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
     eps = bound["eps"]
@@ -223,12 +224,12 @@ def _rms_norm(
     )
     views = parameter_views(recorder, bound, ("weight",))
     x, shape = bound["input"], list(bound["normalized_shape"])
-    if views is None or x.dim() <= len(shape) or torch.is_autocast_enabled(x.device.type):
+    if views is None or x.dim() <= len(shape):
         return NotImplemented
     weight, eps = plain(recorder, bound["weight"]), bound["eps"]
-    values = x.detach()
+    values = wide(x.detach())
     squares = values.square().mean(list(range(-len(shape), 0)), keepdim=True)
-    scale = torch.rsqrt(squares + (torch.finfo(x.dtype).eps if eps is None else eps))
+    scale = torch.rsqrt(squares + (torch.finfo(values.dtype).eps if eps is None else eps))
     use = NormUse(views, range(x.dim() - len(shape)), x, len(shape), None, scale)
     return recorder.record(
         func,
@@ -264,9 +265,9 @@ def _instance_norm(
         return NotImplemented
     if mean is None:
         axes = list(range(2, x.dim()))
-        var, mean = torch.var_mean(x.detach(), axes, correction=0, keepdim=True)
+        var, mean = torch.var_mean(wide(x.detach()), axes, correction=0, keepdim=True)
     else:
-        mean, var = (each.reshape(1, -1, *[1] * (x.dim() - 2)) for each in (mean, var))
+        mean, var = (wide(s).reshape(1, -1, *[1] * (x.dim() - 2)) for s in (mean, var))
     arguments = [plain(recorder, value) for value in bound.values()][1:]
     use = NormUse(views, (0,), x, None, mean, torch.rsqrt(var + bound["eps"]))
     return recorder.record(

@@ -26,6 +26,10 @@ def extension() -> CppExtension:
     sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
     if not x86:
         sources = [name for name in sources if not name.endswith(("_avx2.cpp", "_avx512.cpp"))]
+    # The matrix unit's state has to be asked for, which is written for Linux.
+    amx = x86 and platform.system() == "Linux"
+    if not amx:
+        sources = [name for name in sources if not name.endswith("_amx.cpp")]
     flags = [
         "-O3",
         "-std=c++20",
@@ -37,6 +41,8 @@ def extension() -> CppExtension:
     ]
     if x86:
         flags.append("-DFASTFISHER_X86")
+    if amx:
+        flags.append("-DFASTFISHER_AMX")
     link: list[str] = []
     # For `make sanitize`: such a module needs the sanitizers' runtime loaded before Python.
     sanitizers = os.environ.get("FASTFISHER_SANITIZE")

@@ -45,4 +45,7 @@ PYBIND11_MODULE(_C, m) {
         "The instruction sets this machine can run, slowest first.");
   m.def("set_cpu_isa", &fastfisher::cpu::set_isa, pybind11::arg("isa"),
         "Use one instruction set from now on; for tests and benchmarks.");
+  m.def(
+      "set_always_matrix_unit", &fastfisher::cpu::set_always_matrix_unit, pybind11::arg("always"),
+      "Whether a matrix unit takes also what it is slower at; for tests, whose shapes are small.");
 }

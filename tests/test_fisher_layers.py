@@ -28,7 +28,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
     before = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
+    _C.set_always_matrix_unit(True)
     yield request.param
+    _C.set_always_matrix_unit(False)
     _C.set_cpu_isa(before)
 
 

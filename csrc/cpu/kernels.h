@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "matrix_kernels.h"
 #include "topr_kernels.h"
 
 namespace fastfisher::cpu {
@@ -95,6 +96,7 @@ struct KernelTable {
   Kernels<double> f64;
   TopKernels<float> top_f32;
   TopKernels<double> top_f64;
+  const MatrixKernels* matrix;  // nullptr without a matrix unit
 
   template <typename T>
   const Kernels<T>& of() const {

@@ -554,8 +554,12 @@ Kernels<T> make_kernels() {
 }  // namespace
 
 const KernelTable& FF_TABLE() {
-  static const KernelTable table = {FF_NAME, make_kernels<float>(), make_kernels<double>(),
-                                    make_top_kernels<float>(), make_top_kernels<double>()};
+  static const KernelTable table = {FF_NAME,
+                                    make_kernels<float>(),
+                                    make_kernels<double>(),
+                                    make_top_kernels<float>(),
+                                    make_top_kernels<double>(),
+                                    nullptr};
   return table;
 }
 

@@ -17,6 +17,8 @@
 
 #include "../checks.h"
 #include "dispatch.h"
+#include "matrix.h"
+#include "problem.h"
 #include "workspace.h"
 
 namespace fastfisher::cpu {
@@ -48,22 +50,6 @@ constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kCopyElements = 4;
 // Lanes of the widest vector of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What is contracted: g [N, groups * rows, OH, OW] with x [N, groups * columns, H, W].
-struct Problem {
-  int64_t samples, groups, rows, columns;
-  int64_t height, width, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  // Strides of g and x over (sample, channel, line, position), in elements.
-  int64_t g_stride[4];
-  int64_t x_stride[4];
-  // Strides of out over (row, column, kernel line, kernel position).
-  int64_t out_stride[4];
-  bool absolute;
-};
 
 // Positions [begin, end) of the output whose input index o * stride + offset lies in [0, size).
 struct Range {
@@ -670,6 +656,13 @@ void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Te
 void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Tensor& input,
          double alpha) {
   if (out.scalar_type() == ScalarType::Float) {
+    const MatrixKernels* const matrix = kernels().matrix;
+    if (matrix != nullptr &&
+        run_matrix(*matrix, problem, static_cast<const float*>(grad.const_data_ptr()),
+                   static_cast<const float*>(input.const_data_ptr()),
+                   static_cast<float*>(out.mutable_data_ptr()), float(alpha), 3)) {
+      return;
+    }
     run<float>(problem, out, grad, input, alpha);
   } else {
     run<double>(problem, out, grad, input, alpha);

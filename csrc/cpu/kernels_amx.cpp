@@ -20,6 +20,8 @@ namespace fastfisher::cpu {
 namespace {
 
 constexpr int64_t kRowBytes = 64;
+// Positions between what is asked for and what is read.
+constexpr int64_t kAhead = 32;
 constexpr int64_t kStepBytes = kMatrixSide * kRowBytes;
 
 // Eight tiles of 16 rows of 64 bytes. In memory beforehand: the instruction does not tell the
@@ -88,6 +90,8 @@ FF_INLINE void load_positions(__m512* rows, const MatrixOperand& x, int64_t chun
   if (last - first == 1 && x.pieces[first].lanes == 0xffff) {
     const float* const from = x.data + x.pieces[first].offset;
     FF_UNROLL for (int t = 0; t < 16; ++t) {
+      // Positions may be pages apart, which the processor does not foresee.
+      _mm_prefetch(from + (t + kAhead) * x.position_stride, _MM_HINT_T0);
       rows[t] = _mm512_maskz_loadu_ps(channels, from + t * x.position_stride);
     }
     return;

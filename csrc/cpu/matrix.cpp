@@ -456,9 +456,21 @@ class MatrixOuter {
         }
         std::fill(std::begin(stack), std::end(stack), 0.0f);
         tile.sums = stack;
+        if (tile.last) ask_for_out(task, s, b, tile);
         k_.tile(tile, terms_);
         if (tile.last) add_to_out(task, s, b, tile, stack);
       }
+    }
+  }
+
+  // By the time that the sums are done, what they are added to is near.
+  void ask_for_out(const Task& task, int64_t s, int64_t b, const MatrixTile& tile) const {
+    const int64_t first = (task.first_source + s) * kMatrixSide;
+    const int64_t rows = std::min(tile.sources * kMatrixSide, p_.rows - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const at = out_ + (first + r) * p_.out_stride[0] + b * kMatrixSide;
+      __builtin_prefetch(at, 1);
+      if (tile.blocks > 1) __builtin_prefetch(at + kMatrixSide, 1);
     }
   }
 

@@ -236,6 +236,19 @@ def test_exact_with_a_class_next_to_impossible(
     assert max(relative_errors(result, expectation(model, x, definition)).values()) < 1e-10
 
 
+def test_exact_with_many_impossible_classes() -> None:
+    output = torch.full((1, 9), -800.0, dtype=torch.float64)
+    output[0, 8] = 0
+    weight = torch.full((9,), 1e-3, dtype=torch.float64)
+    roots = resolve_loss(nn.CrossEntropyLoss(weight, label_smoothing=0.2)).roots
+    assert roots is not None
+    vectors = torch.cat(list(roots(output, torch.zeros(1).long())))
+    # Class 8 is certain, with the gradient p less its smoothed target.
+    gradient = -0.2 / 9 * weight
+    gradient[8] *= -8
+    torch.testing.assert_close(vectors.T @ vectors, gradient.outer(gradient), rtol=1e-10, atol=0)
+
+
 def test_exact_takes_no_pass_for_positions_without_a_loss() -> None:
     module = CROSS_ENTROPIES["weight, smoothing"]
     output, target = torch.randn(2, 3, 4), torch.tensor([[0, -100, 2, -100], [1, -100, -100, -100]])

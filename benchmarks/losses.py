@@ -18,6 +18,9 @@ from fastfisher.reference import PerSampleLoss, sum_grad_squared_loop
 DRAWS = 2
 """Targets that ``kind="mc"`` draws for each sample here."""
 
+IGNORED = -100
+"""The target of positions without a loss."""
+
 Values = Mapping[str, Tensor]
 
 
@@ -55,17 +58,22 @@ def drawn(problem: Problem, loss: str | nn.Module) -> Iterable[Outcomes]:
     assert draw is not None
     output, source = problem.model(problem.inputs).detach(), generator()
     for _ in range(DRAWS):
-        yield Outcomes(draw(output, source), torch.full((len(output),), 1 / DRAWS))
+        yield Outcomes(draw(output, problem.targets, source), torch.full((len(output),), 1 / DRAWS))
 
 
 def all_classes(problem: Problem) -> Iterable[Outcomes]:
-    """Every combination of classes over the positions of a sample, with its probability."""
+    """Every combination of classes over the positions of a sample, with its probability.
+
+    Ignored positions stay so: their classes make outcomes that are equal, and add up.
+    """
+    ignored = problem.targets == IGNORED
     output = problem.model(problem.inputs).detach()
     logs = output.reshape(*output.shape[:2], -1).log_softmax(1)
     for classes in product(range(logs.shape[1]), repeat=logs.shape[2]):
         target = torch.tensor(classes).expand(len(output), -1)
         chance = logs.gather(1, target[:, None]).sum((1, 2)).exp()
-        yield Outcomes(target.reshape(len(output), *output.shape[2:]), chance)
+        target = target.reshape(ignored.shape)
+        yield Outcomes(target.masked_fill(ignored, IGNORED), chance)
 
 
 def all_bits(problem: Problem) -> Iterable[Outcomes]:
@@ -125,7 +133,7 @@ class Loss:
 
 
 class Positions(nn.Module):
-    """Three outputs at each of three positions, ``[N, 3, S]``."""
+    """Three outputs at each position, ``[N, 3, S]``, which sees the tokens before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +141,7 @@ class Positions(nn.Module):
         self.out = nn.Linear(6, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.tokens(tokens))).transpose(1, 2)
+        return self.out(torch.tanh(self.tokens(tokens)).cumsum(1)).transpose(1, 2)
 
 
 def _vector() -> nn.Module:
@@ -163,7 +171,7 @@ def _classes(output: Tensor) -> Tensor:
 
 def _some_ignored(output: Tensor) -> Tensor:
     labels = _classes(output)
-    return labels.masked_fill(torch.rand(labels.shape) < 0.4, -100)
+    return labels.masked_fill(torch.rand(labels.shape) < 0.4, IGNORED)
 
 
 def _reals(output: Tensor) -> Tensor:
@@ -235,8 +243,8 @@ LOSSES: tuple[Loss, ...] = (
     ),
     Loss(
         "cross-entropy, ignore_index, tokens",
-        nn.CrossEntropyLoss(ignore_index=-100),
-        _cross_entropy(ignore_index=-100),
+        nn.CrossEntropyLoss(ignore_index=IGNORED),
+        _cross_entropy(ignore_index=IGNORED),
         _problem(Positions, _sequences, _some_ignored),
         all_classes,
     ),
@@ -245,18 +253,35 @@ LOSSES: tuple[Loss, ...] = (
         nn.CrossEntropyLoss(label_smoothing=0.2),
         _cross_entropy(label_smoothing=0.2),
         _problem(_vector, _vectors, _classes),
+        all_classes,
+    ),
+    Loss(
+        "cross-entropy, label smoothing, tokens",
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        _cross_entropy(label_smoothing=0.2),
+        _problem(Positions, _sequences, _classes),
+        all_classes,
     ),
     Loss(
         "cross-entropy, class weights",
         nn.CrossEntropyLoss(_WEIGHT),
         _cross_entropy(weight=_WEIGHT),
         _problem(_vector, _vectors, _classes),
+        all_classes,
+    ),
+    Loss(
+        "cross-entropy, class weights, segmentation",
+        nn.CrossEntropyLoss(_WEIGHT),
+        _cross_entropy(weight=_WEIGHT),
+        _problem(_map, _images, _classes),
+        all_classes,
     ),
     Loss(
         "cross-entropy, all three, tokens",
-        nn.CrossEntropyLoss(_WEIGHT, ignore_index=-100, label_smoothing=0.2),
-        _cross_entropy(weight=_WEIGHT, ignore_index=-100, label_smoothing=0.2),
+        nn.CrossEntropyLoss(_WEIGHT, ignore_index=IGNORED, label_smoothing=0.2),
+        _cross_entropy(weight=_WEIGHT, ignore_index=IGNORED, label_smoothing=0.2),
         _problem(Positions, _sequences, _some_ignored),
+        all_classes,
     ),
     Loss("mse, [N, D]", "mse", _mse, _problem(_vector, _vectors, _reals), gaussian),
     Loss("mse, [N, D, S]", "mse", _mse, _problem(Positions, _sequences, _reals), gaussian),

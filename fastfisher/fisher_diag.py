@@ -98,7 +98,9 @@ def fisher_diag(
     samples. Costs about one forward and one backward pass and, beside the model, one buffer of the
     size of its parameters. Kinds that take the expectation over the model's own targets run the
     forward pass once and one backward pass for each drawn target ("mc"), or C - 1 for C classes
-    ("exact"; as many as the output has entries for the other losses).
+    ("exact"; as many as the output has entries for the other losses). Where a sample has several
+    positions, outputs ``[N, C, d1, ...]``, "exact" takes C - 1 for each of them, since positions
+    mix within a model; for long sequences and for images, "mc" is the affordable choice.
 
     Every parameter is exact, by a fast rule or, slower, by ``torch.func`` (see ``.rules`` of the
     result; :class:`FallbackWarning` says so once), or the call raises. ``model`` is put in eval
@@ -125,14 +127,18 @@ def fisher_diag(
             weights, ``ignore_index`` and label smoothing; or a callable ``(output, target) -> [N]``
             of per-sample losses.
         kind: ``"empirical"`` (observed targets), ``"mc"`` (targets drawn from the model), or
-            ``"exact"`` (the expectation over the model's targets).
+            ``"exact"`` (the expectation over the model's targets). For cross-entropy the model's
+            targets are classes drawn from the softmax of the output, at each position for itself;
+            class weights and label smoothing change the gradients that are squared, not the
+            distribution ("exact" then takes one more pass where there are several positions).
+            Where the observed target is ignored, no kind adds anything.
         samples: targets drawn for each sample by ``"mc"``.
         generator: source of the draws of ``"mc"``; None is torch's global one.
         reduction: ``"mean"`` over the samples, or ``"sum"``.
         power: 2, or 1 for absolute values in place of squares, the importance that LFSSD dampens by
             (arXiv 2402.19308): exact by the same rules at the same price. With it, ``"mc"`` is
             the mean over the draws, and ``"exact"`` takes one backward pass for each class, for
-            cross-entropy alone.
+            cross-entropy of a single position alone.
         groups: one Fisher for each group of samples, from the same passes: ``"target"`` is one for
             each class, a callable gives ``(input, target) -> [N]`` integers. The groups are those
             that occur. Every group has buffers of its own, of the size of the parameters, and adds

@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("conv2d_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::conv2d_sum_grad_squared_));
   m.impl("channel_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::channel_sum_grad_squared_));
   m.impl("embedding_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::embedding_sum_grad_squared_));
+  m.impl("lstm_step_", TORCH_BOX(&fastfisher::cpu::lstm_step_));
+  m.impl("lstm_step_backward_", TORCH_BOX(&fastfisher::cpu::lstm_step_backward_));
+  m.impl("gru_step_", TORCH_BOX(&fastfisher::cpu::gru_step_));
+  m.impl("gru_step_backward_", TORCH_BOX(&fastfisher::cpu::gru_step_backward_));
   m.impl("select_top", TORCH_BOX(&fastfisher::cpu::select_top));
   m.impl("zero_selected_", TORCH_BOX(&fastfisher::cpu::zero_selected_));
 }

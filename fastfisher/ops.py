@@ -2,8 +2,9 @@
 
 ``torch.ops.fastfisher.*`` exist as soon as this module is imported. Each has a default kernel in
 plain torch that serves any device; where the compiled module is present it takes over on the CPU.
-All of them add to their first arguments in place and return nothing; none is differentiable. With
-``power=1`` they add absolute values of per-sample gradients in place of the squares.
+All of them return nothing; none is differentiable. Those named ``*_sum_grad_squared_`` add to their
+first arguments in place, with ``power=1`` absolute values of per-sample gradients in place of the
+squares; the others are the time steps of recurrent layers, all but the matrix products.
 
 Shapes: ``N`` samples, ``T`` positions of one sample that share the parameter (tokens, pixels,
 uses), ``O``/``C`` output and input features. The per-sample gradient is a sum over positions; it is
@@ -36,6 +37,22 @@ _library.define(
 _library.define(
     "embedding_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor index, int padding_index, "
     "float alpha, int power=2) -> ()"
+)
+_library.define(
+    "lstm_step_(Tensor(a!) gates, Tensor? bias, Tensor cell, Tensor(b!) next_cell, "
+    "Tensor(c!) hidden) -> ()"
+)
+_library.define(
+    "lstm_step_backward_(Tensor(a!) grad_gates, Tensor(b!) grad_cell, Tensor? grad_output, "
+    "Tensor? grad_hidden, Tensor gates, Tensor cell, Tensor next_cell) -> ()"
+)
+_library.define(
+    "gru_step_(Tensor(a!) gates, Tensor product, Tensor? bias, Tensor hidden, "
+    "Tensor(b!) candidate, Tensor(c!) next_hidden) -> ()"
+)
+_library.define(
+    "gru_step_backward_(Tensor(a!) grad_gates, Tensor(b!) grad_product, Tensor(c!) grad_hidden, "
+    "Tensor? grad_output, Tensor gates, Tensor candidate, Tensor hidden) -> ()"
 )
 
 # A default kernel forms per-sample gradients of this many elements at once, at most (or of one
@@ -169,6 +186,85 @@ def _embedding_default(
     out.index_add_(0, tokens[kept], powers_(sums[kept], power), alpha=alpha)
 
 
+def _lstm_step_default(
+    gates: Tensor, bias: Tensor | None, cell: Tensor, next_cell: Tensor, hidden: Tensor
+) -> None:
+    if bias is not None:
+        gates.add_(bias)
+    i, f, g, o = gates.chunk(4, -1)
+    gates[:, : 2 * cell.shape[1]].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    next_cell.copy_(f * cell + i * g)
+    hidden.copy_(o * next_cell.tanh())
+
+
+def _lstm_step_backward_default(
+    grad_gates: Tensor,
+    grad_cell: Tensor,
+    grad_output: Tensor | None,
+    grad_hidden: Tensor | None,
+    gates: Tensor,
+    cell: Tensor,
+    next_cell: Tensor,
+) -> None:
+    i, f, g, o = gates.chunk(4, -1)
+    squashed = next_cell.tanh()
+    grad = _sum_of(grad_output, grad_hidden, cell)
+    d = grad_cell + grad * o * (1 - squashed.square())
+    parts = (
+        d * g * (i * (1 - i)),
+        d * cell * (f * (1 - f)),
+        d * i * (1 - g.square()),
+        grad * squashed * (o * (1 - o)),
+    )
+    torch.cat(parts, -1, out=grad_gates)
+    grad_cell.copy_(d * f)
+
+
+def _gru_step_default(
+    gates: Tensor,
+    product: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    candidate: Tensor,
+    next_hidden: Tensor,
+) -> None:
+    if bias is not None:
+        product = product + bias
+    two = 2 * hidden.shape[1]
+    gates[:, :two].add_(product[:, :two]).sigmoid_()
+    candidate.copy_(product[:, two:])
+    r, z, fresh = gates.chunk(3, -1)
+    fresh.add_(r * candidate).tanh_()
+    next_hidden.copy_(fresh + z * (hidden - fresh))
+
+
+def _gru_step_backward_default(
+    grad_gates: Tensor,
+    grad_product: Tensor,
+    grad_hidden: Tensor,
+    grad_output: Tensor | None,
+    gates: Tensor,
+    candidate: Tensor,
+    hidden: Tensor,
+) -> None:
+    r, z, fresh = gates.chunk(3, -1)
+    grad = _sum_of(grad_output, grad_hidden, hidden)
+    grad_fresh = grad * (1 - z) * (1 - fresh.square())
+    grad_r = grad_fresh * candidate * (r * (1 - r))
+    grad_z = grad * (hidden - fresh) * (z * (1 - z))
+    torch.cat((grad_r, grad_z, grad_fresh), -1, out=grad_gates)
+    torch.cat((grad_r, grad_z, grad_fresh * r), -1, out=grad_product)
+    grad_hidden.copy_(grad * z)
+
+
+def _sum_of(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    """The sum of two optional operands."""
+    given = [each for each in (a, b) if each is not None]
+    return sum(given[1:], given[0]) if given else torch.zeros_like(like)
+
+
 def _fake(*_args: object, **_kwargs: object) -> None:
     """The operators only mutate their arguments, whose shapes their wrappers check."""
 
@@ -178,6 +274,10 @@ for _name, _kernel in (
     ("conv2d_sum_grad_squared_", _conv2d_default),
     ("channel_sum_grad_squared_", _channel_default),
     ("embedding_sum_grad_squared_", _embedding_default),
+    ("lstm_step_", _lstm_step_default),
+    ("lstm_step_backward_", _lstm_step_backward_default),
+    ("gru_step_", _gru_step_default),
+    ("gru_step_backward_", _gru_step_backward_default),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastfisher::{_name}", _fake, lib=_library)
@@ -376,3 +476,101 @@ def embedding_sum_grad_squared_(
         out, grad, index.long(), padding_index, alpha, power
     )
     torch.autograd.graph.increment_version(out)
+
+
+def lstm_step_(
+    gates: Tensor, bias: Tensor | None, cell: Tensor, next_cell: Tensor, hidden: Tensor
+) -> None:
+    """One time step of an LSTM, from the gates before activation to the next state.
+
+    The compiled kernel raises where a shape or a dtype does not fit; all matrices have contiguous
+    rows, and the dtype of ``cell``.
+
+    Args:
+        gates: ``[N, 4 * H]``, the sum of both products; becomes the input, forget, cell and output
+            gates after activation.
+        bias: contiguous ``[4 * H]``, added to ``gates`` first, or None.
+        cell: ``[N, H]``, before the step.
+        next_cell: ``[N, H]``, overwritten by the cell after it.
+        hidden: ``[N, H]``, overwritten by the hidden state after it.
+    """
+    torch.ops.fastfisher.lstm_step_.default(gates, bias, cell, next_cell, hidden)
+    torch.autograd.graph.increment_version((gates, next_cell, hidden))
+
+
+def lstm_step_backward_(
+    grad_gates: Tensor,
+    grad_cell: Tensor,
+    grad_output: Tensor | None,
+    grad_hidden: Tensor | None,
+    gates: Tensor,
+    cell: Tensor,
+    next_cell: Tensor,
+) -> None:
+    """The backward pass of :func:`lstm_step_`.
+
+    Args:
+        grad_gates: ``[N, 4 * H]``, overwritten by the gradient at the gates before activation.
+        grad_cell: ``[N, H]``, the gradient at the next cell; becomes that at the previous one.
+        grad_output: ``[N, H]`` or None, a summand of the gradient at the hidden state.
+        grad_hidden: ``[N, H]`` or None, the other summand.
+        gates: after activation.
+        cell: before the step.
+        next_cell: after it.
+    """
+    torch.ops.fastfisher.lstm_step_backward_.default(
+        grad_gates, grad_cell, grad_output, grad_hidden, gates, cell, next_cell
+    )
+    torch.autograd.graph.increment_version((grad_gates, grad_cell))
+
+
+def gru_step_(
+    gates: Tensor,
+    product: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    candidate: Tensor,
+    next_hidden: Tensor,
+) -> None:
+    """One time step of a GRU, from both shares of the gates to the next state.
+
+    Demands what :func:`lstm_step_` does.
+
+    Args:
+        gates: ``[N, 3 * H]``, the input's share; becomes the reset gates, the update gates and the
+            candidates after activation.
+        product: ``[N, 3 * H]``, the hidden state's share.
+        bias: contiguous ``[3 * H]``, added to ``product``, or None.
+        hidden: ``[N, H]``, before the step.
+        candidate: ``[N, H]``, overwritten by the hidden state's share of the candidates.
+        next_hidden: ``[N, H]``, overwritten by the hidden state after the step.
+    """
+    torch.ops.fastfisher.gru_step_.default(gates, product, bias, hidden, candidate, next_hidden)
+    torch.autograd.graph.increment_version((gates, candidate, next_hidden))
+
+
+def gru_step_backward_(
+    grad_gates: Tensor,
+    grad_product: Tensor,
+    grad_hidden: Tensor,
+    grad_output: Tensor | None,
+    gates: Tensor,
+    candidate: Tensor,
+    hidden: Tensor,
+) -> None:
+    """The backward pass of :func:`gru_step_`.
+
+    Args:
+        grad_gates: ``[N, 3 * H]``, overwritten by the gradient at the input's share.
+        grad_product: ``[N, 3 * H]``, overwritten by the gradient at the hidden state's share.
+        grad_hidden: ``[N, H]``, a summand of the gradient at the next hidden state; becomes the
+            gradient at the previous one, less what the product with the weight gives.
+        grad_output: ``[N, H]`` or None, the other summand.
+        gates: after activation.
+        candidate: as :func:`gru_step_` left it.
+        hidden: before the step.
+    """
+    torch.ops.fastfisher.gru_step_backward_.default(
+        grad_gates, grad_product, grad_hidden, grad_output, gates, candidate, hidden
+    )
+    torch.autograd.graph.increment_version((grad_gates, grad_product, grad_hidden))

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "matrix_kernels.h"
+#include "recurrent_kernels.h"
 #include "topr_kernels.h"
 
 namespace fastfisher::cpu {
@@ -96,6 +97,8 @@ struct KernelTable {
   Kernels<double> f64;
   TopKernels<float> top_f32;
   TopKernels<double> top_f64;
+  RecurrentKernels<float> recurrent_f32;
+  RecurrentKernels<double> recurrent_f64;
   const MatrixKernels* matrix;  // nullptr without a matrix unit
 
   template <typename T>
@@ -113,6 +116,15 @@ struct KernelTable {
       return top_f32;
     } else {
       return top_f64;
+    }
+  }
+
+  template <typename T>
+  const RecurrentKernels<T>& recurrent() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return recurrent_f32;
+    } else {
+      return recurrent_f64;
     }
   }
 };

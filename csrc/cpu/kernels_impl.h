@@ -549,6 +549,7 @@ Kernels<T> make_kernels() {
           &outer_tile<T>,   &depthwise_tile<T>, &channel_sums<T>, &add_powers<T>, &add<T>};
 }
 
+#include "recurrent_impl.h"
 #include "topr_impl.h"
 
 }  // namespace
@@ -559,6 +560,8 @@ const KernelTable& FF_TABLE() {
                                     make_kernels<double>(),
                                     make_top_kernels<float>(),
                                     make_top_kernels<double>(),
+                                    make_recurrent_kernels<float>(),
+                                    make_recurrent_kernels<double>(),
                                     nullptr};
   return table;
 }

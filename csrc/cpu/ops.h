@@ -22,6 +22,18 @@ void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tenso
 void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t padding_index,
                                  double alpha, int64_t power);
 
+// recurrent.cpp
+void lstm_step_(Tensor gates, std::optional<Tensor> bias, Tensor cell, Tensor next_cell,
+                Tensor hidden);
+void lstm_step_backward_(Tensor grad_gates, Tensor grad_cell, std::optional<Tensor> grad_output,
+                         std::optional<Tensor> grad_hidden, Tensor gates, Tensor cell,
+                         Tensor next_cell);
+void gru_step_(Tensor gates, Tensor product, std::optional<Tensor> bias, Tensor hidden,
+               Tensor candidate, Tensor next_hidden);
+void gru_step_backward_(Tensor grad_gates, Tensor grad_product, Tensor grad_hidden,
+                        std::optional<Tensor> grad_output, Tensor gates, Tensor candidate,
+                        Tensor hidden);
+
 // topr_select.cpp, topr_zero.cpp
 std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
                                               std::vector<Tensor> remain, double weight,

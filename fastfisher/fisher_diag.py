@@ -649,7 +649,7 @@ class _Batch:
         self._uses: dict[str, int] = defaultdict(int)
         self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
         self._done: set[str] = set()
-        self._weight, self._keep_graph = 1.0, False
+        self._weight = 1.0
         #: What derived tensors tie together: parameters and derived tensors, by name.
         self._groups: dict[str, str] = {}
 
@@ -702,7 +702,7 @@ class _Batch:
             self._backward(losses, inputs, weight, keep_graph)
 
     def _backward(self, losses: Tensor, inputs: Any, weight: float, keep_graph: bool) -> None:
-        self._weight, self._keep_graph = weight, keep_graph
+        self._weight, self.recorder.keeps_graph = weight, keep_graph
         self._done.clear()
         for site in self.recorder.sites:
             site.reached = False
@@ -772,7 +772,7 @@ class _Batch:
             if outs:
                 along = part.along(samples)
                 site.use.accumulate(outs, grad, along, self._weight, self.run.power)
-        if not self._keep_graph and len(alone) == len(site.use.views):
+        if not self.recorder.keeps_graph and len(alone) == len(site.use.views):
             # As autograd frees what it saved: the activations need not wait for the end.
             site.forget_inputs()
 

@@ -14,7 +14,7 @@ squared per sample, and the squares are summed over samples (paper, section 3.1)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -218,8 +218,8 @@ def _lstm_step_backward_default(
         d * i * (1 - g.square()),
         grad * squashed * (o * (1 - o)),
     )
-    torch.cat(parts, -1, out=grad_gates)
     grad_cell.copy_(d * f)
+    torch.cat(parts, -1, out=grad_gates)
 
 
 def _gru_step_default(
@@ -254,9 +254,9 @@ def _gru_step_backward_default(
     grad_fresh = grad * (1 - z) * (1 - fresh.square())
     grad_r = grad_fresh * candidate * (r * (1 - r))
     grad_z = grad * (hidden - fresh) * (z * (1 - z))
-    torch.cat((grad_r, grad_z, grad_fresh), -1, out=grad_gates)
     torch.cat((grad_r, grad_z, grad_fresh * r), -1, out=grad_product)
     grad_hidden.copy_(grad * z)
+    torch.cat((grad_r, grad_z, grad_fresh), -1, out=grad_gates)
 
 
 def _sum_of(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
@@ -478,13 +478,18 @@ def embedding_sum_grad_squared_(
     torch.autograd.graph.increment_version(out)
 
 
+def _step(operator: Any, default: Callable[..., None], gates: Tensor) -> Callable[..., None]:
+    """The operator, or its plain torch kernel where no compiled one takes the dtype."""
+    return operator.default if gates.dtype in (torch.float32, torch.float64) else default
+
+
 def lstm_step_(
     gates: Tensor, bias: Tensor | None, cell: Tensor, next_cell: Tensor, hidden: Tensor
 ) -> None:
     """One time step of an LSTM, from the gates before activation to the next state.
 
-    The compiled kernel raises where a shape or a dtype does not fit; all matrices have contiguous
-    rows, and the dtype of ``cell``.
+    All tensors have one dtype, and the rows of matrices are contiguous; the compiled kernel, which
+    serves float32 and float64, raises a RuntimeError where something does not fit.
 
     Args:
         gates: ``[N, 4 * H]``, the sum of both products; becomes the input, forget, cell and output
@@ -494,7 +499,8 @@ def lstm_step_(
         next_cell: ``[N, H]``, overwritten by the cell after it.
         hidden: ``[N, H]``, overwritten by the hidden state after it.
     """
-    torch.ops.fastfisher.lstm_step_.default(gates, bias, cell, next_cell, hidden)
+    step = _step(torch.ops.fastfisher.lstm_step_, _lstm_step_default, gates)
+    step(gates, bias, cell, next_cell, hidden)
     torch.autograd.graph.increment_version((gates, next_cell, hidden))
 
 
@@ -510,7 +516,8 @@ def lstm_step_backward_(
     """The backward pass of :func:`lstm_step_`.
 
     Args:
-        grad_gates: ``[N, 4 * H]``, overwritten by the gradient at the gates before activation.
+        grad_gates: ``[N, 4 * H]``, overwritten by the gradient at the gates before activation; may
+            be ``gates``.
         grad_cell: ``[N, H]``, the gradient at the next cell; becomes that at the previous one.
         grad_output: ``[N, H]`` or None, a summand of the gradient at the hidden state.
         grad_hidden: ``[N, H]`` or None, the other summand.
@@ -518,9 +525,8 @@ def lstm_step_backward_(
         cell: before the step.
         next_cell: after it.
     """
-    torch.ops.fastfisher.lstm_step_backward_.default(
-        grad_gates, grad_cell, grad_output, grad_hidden, gates, cell, next_cell
-    )
+    step = _step(torch.ops.fastfisher.lstm_step_backward_, _lstm_step_backward_default, gates)
+    step(grad_gates, grad_cell, grad_output, grad_hidden, gates, cell, next_cell)
     torch.autograd.graph.increment_version((grad_gates, grad_cell))
 
 
@@ -545,7 +551,8 @@ def gru_step_(
         candidate: ``[N, H]``, overwritten by the hidden state's share of the candidates.
         next_hidden: ``[N, H]``, overwritten by the hidden state after the step.
     """
-    torch.ops.fastfisher.gru_step_.default(gates, product, bias, hidden, candidate, next_hidden)
+    step = _step(torch.ops.fastfisher.gru_step_, _gru_step_default, gates)
+    step(gates, product, bias, hidden, candidate, next_hidden)
     torch.autograd.graph.increment_version((gates, candidate, next_hidden))
 
 
@@ -561,7 +568,8 @@ def gru_step_backward_(
     """The backward pass of :func:`gru_step_`.
 
     Args:
-        grad_gates: ``[N, 3 * H]``, overwritten by the gradient at the input's share.
+        grad_gates: ``[N, 3 * H]``, overwritten by the gradient at the input's share; may be
+            ``gates``.
         grad_product: ``[N, 3 * H]``, overwritten by the gradient at the hidden state's share.
         grad_hidden: ``[N, H]``, a summand of the gradient at the next hidden state; becomes the
             gradient at the previous one, less what the product with the weight gives.
@@ -570,7 +578,6 @@ def gru_step_backward_(
         candidate: as :func:`gru_step_` left it.
         hidden: before the step.
     """
-    torch.ops.fastfisher.gru_step_backward_.default(
-        grad_gates, grad_product, grad_hidden, grad_output, gates, candidate, hidden
-    )
+    step = _step(torch.ops.fastfisher.gru_step_backward_, _gru_step_backward_default, gates)
+    step(grad_gates, grad_product, grad_hidden, grad_output, gates, candidate, hidden)
     torch.autograd.graph.increment_version((grad_gates, grad_product, grad_hidden))

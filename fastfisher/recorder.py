@@ -303,6 +303,8 @@ class Recorder(TorchFunctionMode):
     without_grad: set[str] = field(default_factory=set)
     #: Tensors computed from parameters alone, by name, in the order of their creation.
     derived: dict[str, Derived] = field(default_factory=dict)
+    #: Whether another backward pass follows the one that runs, which saved tensors must outlive.
+    keeps_graph: bool = True
     anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

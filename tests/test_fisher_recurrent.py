@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .oracle import assert_exact
+from fastfisher import fisher_diag
+from fastfisher.reference import sum_grad_squared_loop
+
+from .oracle import assert_exact, cross_entropy, relative_errors
 
 SAMPLES = [3, 1]
 
@@ -99,6 +102,114 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("samples", SAMPLES)
 def test_recurrent_layer_called_twice(samples: int) -> None:
     assert_exact(Twice(), torch.randint(0, 9, (samples, 4)), labels(samples))
+
+
+class Seeded(nn.Module):
+    """A layer makes the initial states; outputs, changed in place, and final states count."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+        self.states = 2 if isinstance(layer, nn.LSTM) else 1
+        self.seed = nn.Linear(6, self.states * 7)
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seeds = torch.tanh(self.seed(x[:, 0])).unsqueeze(0).chunk(self.states, -1)
+        y, last = self.layer(x, seeds if self.states == 2 else seeds[0])
+        y = y.transpose(1, 2).tanh_()
+        last = last[1] if self.states == 2 else last
+        return self.out(y.sum(2) + last[0])
+
+
+SEEDED = [
+    lambda: nn.LSTM(6, 7, batch_first=True),
+    lambda: nn.GRU(6, 7, batch_first=True),
+    lambda: nn.RNN(6, 7, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("layer", range(len(SEEDED)))
+def test_initial_states_that_a_layer_makes(layer: int, samples: int) -> None:
+    assert_exact(Seeded(SEEDED[layer]()), torch.randn(samples, 4, 6), labels(samples))
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
+def test_several_backward_passes_over_one_forward_pass(layer: int) -> None:
+    model, x = Tagger(LAYERS[layer](), True, True).double().eval(), torch.randn(3, 4, 6).double()
+    result = fisher_diag(model, [(x, labels(3))], kind="exact")
+    p = model(x).softmax(1).detach()
+    wanted = {name: torch.zeros_like(value) for name, value in result.items()}
+    for n in range(3):
+        for y in range(5):
+            one, target = x[n : n + 1], torch.tensor([y])
+            squares = sum_grad_squared_loop(model, one, target, cross_entropy, list(wanted))
+            for name in wanted:
+                wanted[name] += p[n, y] * squares[name].detach() / 3
+    assert max(relative_errors(result, wanted).values()) < 1e-10
+
+
+class Hyper(nn.Module):
+    """The recurrent weight is computed from a parameter alone, or with what a batch holds."""
+
+    def __init__(self, per_batch: bool) -> None:
+        super().__init__()
+        self.layer = nn.GRU(6, 7, batch_first=True)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.out = nn.Linear(7, 5)
+        self.per_batch = per_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.scale * torch.ones_like(x).mean() if self.per_batch else self.scale
+        weights = [*self.layer._flat_weights]
+        weights[1] = weights[1] * factor
+        zeros = x.new_zeros(1, len(x), 7)
+        y = torch.gru(x, zeros, weights, True, 1, 0.0, False, False, True)[0]
+        return self.out(y[:, -1])
+
+
+@pytest.mark.parametrize("per_batch", [True, False])
+def test_recurrent_weight_that_is_computed(per_batch: bool) -> None:
+    assert_exact(Hyper(per_batch), torch.randn(3, 4, 6), labels(3), fallback=None)
+
+
+class Constant(nn.Module):
+    """A recurrent layer reads a buffer, the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(6, 6)
+        self.register_buffer("queries", torch.randn(4, 1, 6))
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x + self.layer(self.queries)[0][:, 0]).sum(1))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_recurrent_layer_that_no_sample_enters(frozen: bool) -> None:
+    model = Constant()
+    for weight in (model.layer.weight_hh_l0, model.layer.bias_hh_l0):
+        weight.requires_grad_(not frozen)
+    assert_exact(model, torch.randn(3, 4, 6), labels(3), fallback=None)
+
+
+class Summed(nn.Module):
+    """Every unit of a step gets the same gradient, from one number in memory."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+        self.out = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0].sum(-1))
+
+
+@pytest.mark.parametrize("layer", range(len(SEEDED)))
+def test_gradient_of_a_sum(layer: int) -> None:
+    assert_exact(Summed(SEEDED[layer]()), torch.randn(3, 4, 6), labels(3))
 
 
 class Cells(nn.Module):

@@ -90,7 +90,27 @@ CASES: dict[str, tuple[str, tuple]] = {
     ),
 }
 # The same with absolute values in place of squares.
-CASES |= {f"{case}, power 1": (name, (*args, 1)) for case, (name, args) in CASES.items()}
+POWERS = CASES | {f"{case}, power 1": (name, (*args, 1)) for case, (name, args) in CASES.items()}
+
+
+def rows(columns: int) -> Tensor:
+    return torch.randn(3, columns)
+
+
+STEPS: dict[str, tuple[str, tuple]] = {
+    "lstm": ("lstm_step_", (rows(20), torch.randn(20), rows(5), rows(5), rows(5))),
+    "lstm without bias": ("lstm_step_", (rows(20), None, rows(5), rows(5), rows(5))),
+    "lstm backward": (
+        "lstm_step_backward_",
+        (rows(20), rows(5), rows(5), None, rows(20), rows(5), rows(5)),
+    ),
+    "gru": ("gru_step_", (rows(15), rows(15), torch.randn(15), rows(5), rows(5), rows(5))),
+    "gru backward": (
+        "gru_step_backward_",
+        (rows(15), rows(15), rows(5), rows(5), rows(15), rows(5), rows(5)),
+    ),
+}
+CASES = POWERS | STEPS
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,6 +127,10 @@ def test_compiled_kernel_equals_the_plain_torch_kernel(case: str) -> None:
         "conv2d_sum_grad_squared_": ops._conv2d_default,
         "channel_sum_grad_squared_": ops._channel_default,
         "embedding_sum_grad_squared_": ops._embedding_default,
+        "lstm_step_": ops._lstm_step_default,
+        "lstm_step_backward_": ops._lstm_step_backward_default,
+        "gru_step_": ops._gru_step_default,
+        "gru_step_backward_": ops._gru_step_backward_default,
     }
     fast = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     plain = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
@@ -190,7 +214,7 @@ def test_compiled_kernels_check_what_they_read() -> None:
         ops.embedding_sum_grad_squared_(torch.zeros(9, 4), G3, TOKENS + 9)
     with pytest.raises(RuntimeError, match="height and width"):
         ops.conv2d_sum_grad_squared_(torch.zeros(6, 4, 3, 3), GRADS, IMAGES)
-    for name, arguments in CASES.values():
+    for name, arguments in POWERS.values():
         power = len(getattr(OPS, name).default._schema.arguments) - 1
         with pytest.raises(RuntimeError, match="power: expected 1 or 2"):
             getattr(OPS, name).default(*arguments[:power], 3)

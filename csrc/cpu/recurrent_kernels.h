@@ -27,9 +27,9 @@ struct LstmStep {
   Rows<T> next_cell, hidden;
 };
 
-// Its backward pass: `grad_gates` is with respect to the gates before activation; `grad_cell` is
-// with respect to the next cell on entry, to the previous one on return. The gradient at the hidden
-// state is the sum of `grad_output` and `grad_hidden`, each optional.
+// Its backward pass: `grad_gates` is with respect to the gates before activation, and may be
+// `gates`; `grad_cell` is with respect to the next cell on entry, to the previous one on return.
+// The gradient at the hidden state is the sum of `grad_output` and `grad_hidden`, each optional.
 template <typename T>
 struct LstmStepBackward {
   int64_t units;
@@ -50,9 +50,9 @@ struct GruStep {
   Rows<T> candidate, next_hidden;
 };
 
-// Its backward pass: `grad_gates` and `grad_product` are with respect to the two shares;
-// `grad_hidden` is with respect to the next hidden state, less `grad_output`, on entry. On return
-// it is what reaches the previous one past the product.
+// Its backward pass: `grad_gates` and `grad_product` are with respect to the two shares, and the
+// former may be `gates`; `grad_hidden` is with respect to the next hidden state, less
+// `grad_output`, on entry. On return it is what reaches the previous one past the product.
 template <typename T>
 struct GruStepBackward {
   int64_t units;

@@ -86,8 +86,17 @@ class _Kind(Protocol):
         saved: tuple[Tensor, ...],
         outputs: Sequence[Tensor | None],
         finals: Sequence[Tensor | None],
+        is_last: bool,
     ) -> _Grads:
-        """The gradients, given those at the output of each step, in order, and at the finals."""
+        """The gradients.
+
+        Args:
+            way: the direction.
+            saved: what ``forward`` left for this; may be overwritten if ``is_last``.
+            outputs: those at the output of each step, in order.
+            finals: those at all states after the last step.
+            is_last: whether nobody asks for them again.
+        """
 
 
 def _started(grad: Tensor | None, steps: Tensor, width: int) -> Tensor:
@@ -121,10 +130,11 @@ class _Lstm:
         saved: tuple[Tensor, ...],
         outputs: Sequence[Tensor | None],
         finals: Sequence[Tensor | None],
+        is_last: bool,
     ) -> _Grads:
         gates, cells = saved
         g, c = way.ordered(gates), way.ordered(cells)
-        grads = torch.empty_like(gates)
+        grads = gates if is_last else torch.empty_like(gates)
         at_gates = way.ordered(grads)
         grad_hidden = _started(finals[0], gates, way.weight.shape[1])
         grad_cell = _started(finals[1], gates, cells.shape[2])
@@ -159,10 +169,11 @@ class _Gru:
         saved: tuple[Tensor, ...],
         outputs: Sequence[Tensor | None],
         finals: Sequence[Tensor | None],
+        is_last: bool,
     ) -> _Grads:
         gates, candidates, hidden = saved
         g, candidate, h = way.ordered(gates), way.ordered(candidates), way.ordered(hidden)
-        grads, products = torch.empty_like(gates), torch.empty_like(gates)
+        grads, products = gates if is_last else torch.empty_like(gates), torch.empty_like(gates)
         at_gates, at_product = way.ordered(grads), way.ordered(products)
         grad = _started(finals[0], gates, hidden.shape[2])
         for t in reversed(range(len(g))):
@@ -196,6 +207,7 @@ class _Rnn:
         saved: tuple[Tensor, ...],
         outputs: Sequence[Tensor | None],
         finals: Sequence[Tensor | None],
+        is_last: bool,
     ) -> _Grads:
         (hidden,) = saved
         grads = torch.empty_like(hidden[1:])
@@ -228,6 +240,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        recorder: Recorder,
         kind: _Kind,
         way: _Direction,
         reads: list[Tensor | None],
@@ -236,7 +249,7 @@ class _Sequence(torch.autograd.Function):
         projected: Tensor | None,
         *initial: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.kind, ctx.way, ctx.steps = kind, way, len(gates)
+        ctx.recorder, ctx.kind, ctx.way, ctx.steps = recorder, kind, way, len(gates)
         ctx.set_materialize_grads(False)
         gates = gates.detach()
         hidden = gates.new_empty(len(gates) + 1, gates.shape[1], initial[0].shape[-1])
@@ -253,10 +266,11 @@ class _Sequence(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         output, *finals = (_with_rows(grad) for grad in given)
         outputs = [None] * ctx.steps if output is None else ctx.way.ordered(output)
-        grads = ctx.kind.backward(ctx.way, ctx.saved_tensors, outputs, finals)
-        product = grads.product if ctx.needs_input_grad[4] else None
-        projected = grads.projected if ctx.needs_input_grad[5] else None
-        return None, None, None, grads.gates, product, projected, *grads.initial
+        is_last = not ctx.recorder.keeps_graph
+        grads = ctx.kind.backward(ctx.way, ctx.saved_tensors, outputs, finals, is_last)
+        product = grads.product if ctx.needs_input_grad[5] else None
+        projected = grads.projected if ctx.needs_input_grad[6] else None
+        return None, None, None, None, grads.gates, product, projected, *grads.initial
 
 
 def _with_rows(grad: Tensor | None) -> Tensor | None:
@@ -300,15 +314,12 @@ def _layer(
     projection = rest[-1] if len(rest) % 2 == 1 else None
     with recorder:
         gates = F.linear(x, weight_x, bias_x)
-    if recorder.view(gates) is not None:
-        # The steps may write into what nobody else has.
-        gates = gates.clone()
     hidden, product = _product(recorder, func, weight_h, bias_h, gates, gates.shape[2])
     outer, projected = _product(recorder, func, projection, None, gates, initial[0].shape[-1])
     weight, bias, p = (plain(recorder, value) for value in (weight_h, bias_h, projection))
     way = _Direction(weight, bias, p, backward)
     reads: list[Tensor] = []
-    results = _Sequence.apply(kind, way, reads, gates, product, projected, *initial)
+    results = _Sequence.apply(recorder, kind, way, reads, gates, product, projected, *initial)
     for use, read in zip((hidden, outer), reads, strict=True):
         if use is not None:
             use.input = read

@@ -430,6 +430,9 @@ class _Pass:
                 batch.give_up("the forward pass makes other calls for other samples")
             for objective, last in _with_last(self.expand(output, targets)):
                 values = self.losses(objective.function, output, objective.targets, count)
+                if last:
+                    # The backward pass needs its room.
+                    del output
                 batch.backward(values, inputs, objective.weight, keep_graph=not last)
                 self._fall_back(batch, inputs, objective)
         return True

@@ -128,6 +128,7 @@ def embedding_per_sample_grad(
 
 
 def _linear_default(out: Tensor, grad: Tensor, input: Tensor, alpha: float, power: int = 2) -> None:
+    grad, input = grad.to(out.dtype), input.to(out.dtype)
     for part in _sample_chunks(grad.shape[0], out.numel()):
         per_sample = linear_per_sample_grad(grad[part], input[part])
         out.add_(powers_(per_sample, power).sum(0), alpha=alpha)
@@ -144,6 +145,7 @@ def _conv2d_default(
     alpha: float,
     power: int = 2,
 ) -> None:
+    grad, input = grad.to(out.dtype), input.to(out.dtype)
     for part in _sample_chunks(grad.shape[0], out.numel()):
         per_sample = conv2d_per_sample_grad(
             grad[part], input[part], out.shape[2:], stride, padding, dilation, groups
@@ -313,6 +315,17 @@ def build_info() -> dict[str, object]:
     }
 
 
+_OPERANDS = "the dtype of out, or bfloat16 both where out is float32"
+
+
+def _are_operands(grad: Tensor, input: Tensor, out: Tensor) -> bool:
+    """Of the dtype of ``out``, or both bfloat16 where that is float32."""
+    dtype = grad.dtype
+    if dtype != out.dtype and not (dtype == torch.bfloat16 and out.dtype == torch.float32):
+        return False
+    return input.dtype == dtype
+
+
 def linear_sum_grad_squared_(
     out: Tensor, grad: Tensor, input: Tensor, *, alpha: float = 1.0, power: int = 2
 ) -> None:
@@ -320,22 +333,24 @@ def linear_sum_grad_squared_(
 
     Args:
         out: ``[O, I]``, any strides; float32 or float64.
-        grad: ``[N, T, O]``, gradient at the layer's output, dtype of ``out``.
-        input: ``[N, T, I]``, the layer's input, dtype of ``out``.
+        grad: ``[N, T, O]``, gradient at the layer's output; dtype of ``out``, or bfloat16 where
+            that is float32: products and sums are float32's all the same.
+        input: ``[N, T, I]``, the layer's input, dtype of ``grad``.
         alpha: factor of the added squares.
         power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit, or ``power`` is neither.
+        ValueError: a shape or dtype does not fit, or ``power`` is neither.
     """
     op = "linear_sum_grad_squared_"
     _check(op, "grad", grad.dim() == 3, "[N, T, O]")
     _check(op, "input", input.dim() == 3 and input.shape[:2] == grad.shape[:2], "[N, T, I]")
     _check(op, "out", out.shape == (grad.shape[2], input.shape[2]), "[O, I]")
+    _check(op, "grad, input", _are_operands(grad, input, out), _OPERANDS)
     _check(op, "power", power in (1, 2), "1 or 2")
     if grad.shape[1] == 1:
         # One position: the square of a product is the product of squares, a plain GEMM.
-        g, x = grad[:, 0], input[:, 0]
+        g, x = grad[:, 0].to(out.dtype), input[:, 0].to(out.dtype)
         g, x = (g.square(), x.square()) if power == 2 else (g.abs(), x.abs())
         out.addmm_(g.t(), x, alpha=alpha)
         return
@@ -359,8 +374,9 @@ def conv2d_sum_grad_squared_(
 
     Args:
         out: ``[O, C / groups, KH, KW]``, any strides (channels_last is the fastest).
-        grad: ``[N, O, OH, OW]``, gradient at the output, dtype of ``out``, any strides.
-        input: ``[N, C, H, W]``, dtype of ``out``, any strides.
+        grad: ``[N, O, OH, OW]``, gradient at the output, any strides; dtype of ``out``, or bfloat16
+            where that is float32.
+        input: ``[N, C, H, W]``, dtype of ``grad``, any strides.
         stride: of the convolution.
         padding: zeros on both sides of height and width.
         dilation: of the convolution.
@@ -382,6 +398,7 @@ def conv2d_sum_grad_squared_(
         and out.shape[:2] == (grad.shape[1], input.shape[1] // groups),
         "[O, C / groups, KH, KW]",
     )
+    _check(op, "grad, input", _are_operands(grad, input, out), _OPERANDS)
     _check(op, "power", power in (1, 2), "1 or 2")
     torch.ops.fastfisher.conv2d_sum_grad_squared_.default(
         out, grad, input, list(stride), list(padding), list(dilation), groups, alpha, power

@@ -110,6 +110,29 @@ def test_convolutions(name: str, layout: str) -> None:
     assert error(weight, 1 + 2 * per_sample.square().sum(0)) < TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["positions", "channels", "strided"])
+@pytest.mark.parametrize("positions", [1, 7, 16, 33, 64, 100])
+def test_bfloat16_operands_are_taken_as_they_are(positions: int, layout: str) -> None:
+    grad, x = torch.randn(3, positions, 21), torch.randn(3, positions, 37)
+    grad, x = grad.bfloat16(), x.bfloat16()
+    if layout == "channels":
+        grad, x = (t.mT.contiguous().mT for t in (grad, x))
+    elif layout == "strided":
+        grad, x = (torch.stack([t, t], -1).transpose(1, 2)[..., 0].mT for t in (grad, x))
+    assert error(sums(grad, x), exact(grad, x)) < TOLERANCE
+
+
+def test_bfloat16_images_are_taken_as_they_are() -> None:
+    x, grad = torch.randn(2, 20, 9, 8).bfloat16(), torch.randn(2, 18, 5, 4).bfloat16()
+    geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    out = torch.zeros(18, 20, 3, 3)
+    ops.conv2d_sum_grad_squared_(out, grad, x, **geometry)
+    per_sample = ops.conv2d_per_sample_grad(
+        grad.double(), x.double(), (3, 3), *geometry.values(), groups=1
+    )
+    assert error(out, per_sample.square().sum(0)) < TOLERANCE
+
+
 @pytest.mark.parametrize("shape", [(9, 70, 30, 40), (9, 70, 130, 200)])
 def test_the_number_of_threads_changes_no_bit(shape: tuple[int, int, int, int]) -> None:
     samples, positions, outputs, inputs = shape

@@ -26,6 +26,23 @@ CASES: dict[str, tuple[str, tuple]] = {
         "linear_sum_grad_squared_",
         (torch.zeros(7, 4).t(), torch.randn(3, 4, 5).mT, torch.randn(3, 5, 14)[..., ::2], 1.0),
     ),
+    "linear bfloat16": (
+        "linear_sum_grad_squared_",
+        (torch.zeros(4, 7), G3.bfloat16(), X3.bfloat16(), 0.5),
+    ),
+    "conv2d bfloat16": (
+        "conv2d_sum_grad_squared_",
+        (
+            torch.zeros(6, 4, 3, 3),
+            GRADS.bfloat16(),
+            IMAGES.bfloat16(),
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+            2.0,
+        ),
+    ),
     "conv2d": (
         "conv2d_sum_grad_squared_",
         (torch.zeros(6, 2, 3, 3), GRADS, IMAGES, [1, 1], [1, 1], [1, 1], 2, 2.0),
@@ -190,6 +207,16 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], threads: in
         (
             lambda: ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3, X3, power=3),
             "power: expected 1 or 2",
+        ),
+        (
+            lambda: ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3, X3.double()),
+            "grad, input: expected the dtype of out",
+        ),
+        (
+            lambda: ops.conv2d_sum_grad_squared_(
+                torch.zeros(6, 4, 3, 3).double(), GRADS.bfloat16(), IMAGES.bfloat16()
+            ),
+            "grad, input: expected the dtype of out",
         ),
         (lambda: ops.channel_sum_grad_squared_(None, None, G3), "at least one"),
         (lambda: ops.channel_sum_grad_squared_(torch.zeros(4), None, G3), "input: expected"),

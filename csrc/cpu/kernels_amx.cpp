@@ -54,56 +54,100 @@ FF_INLINE void transpose(__m512* rows) {
   }
 }
 
+// `lanes` of 16 elements from `from` on, the others from `rest`.
+FF_INLINE __m512 load(__m512 rest, __mmask16 lanes, const float* from) {
+  return _mm512_mask_loadu_ps(rest, lanes, from);
+}
+
+FF_INLINE __m512 load(__m512 rest, __mmask16 lanes, const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
+  return _mm512_castsi512_ps(_mm512_mask_slli_epi32(_mm512_castps_si512(rest), lanes, wide, 16));
+}
+
+// The same, `stride` elements apart.
+FF_INLINE __m512 gather(__m512 rest, __mmask16 lanes, const float* from, int64_t stride) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int32_t(stride)));
+  return _mm512_mask_i32gather_ps(rest, lanes, at, from, 4);
+}
+
+FF_INLINE __m512 gather(__m512 rest, __mmask16 lanes, const uint16_t* from, int64_t stride) {
+  // No instruction gathers half a word, and a whole one might lie past the end.
+  alignas(32) uint16_t values[16] = {};
+  for (int64_t i = 0; i < 16; ++i) {
+    if (lanes >> i & 1) values[i] = from[i * stride];
+  }
+  return load(rest, lanes, values);
+}
+
 // Row c: the chunk's positions of channel c.
+template <typename T>
 FF_INLINE void load_channels(__m512* rows, const MatrixOperand& x, int64_t chunk) {
   const int32_t first = x.first_piece[chunk], last = x.first_piece[chunk + 1];
   FF_UNROLL for (int c = 0; c < 16; ++c) rows[c] = _mm512_setzero_ps();
-  if (x.position_stride == 1) {
-    for (int32_t i = first; i < last; ++i) {
-      const float* const from = x.data + x.pieces[i].offset;
-      const __mmask16 lanes = x.pieces[i].lanes;
+  for (int32_t i = first; i < last; ++i) {
+    const T* const from = static_cast<const T*>(x.data) + x.pieces[i].offset;
+    const __mmask16 lanes = x.pieces[i].lanes;
+    if (x.position_stride == 1) {
+      FF_UNROLL for (int c = 0; c < 16; ++c) {
+        if (c < x.channels) rows[c] = load(rows[c], lanes, from + c * x.channel_stride);
+      }
+    } else {
       FF_UNROLL for (int c = 0; c < 16; ++c) {
         if (c < x.channels) {
-          rows[c] = _mm512_mask_loadu_ps(rows[c], lanes, from + c * x.channel_stride);
+          rows[c] = gather(rows[c], lanes, from + c * x.channel_stride, x.position_stride);
         }
-      }
-    }
-    return;
-  }
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int32_t(x.position_stride)));
-  for (int32_t i = first; i < last; ++i) {
-    const float* const from = x.data + x.pieces[i].offset;
-    const __mmask16 lanes = x.pieces[i].lanes;
-    FF_UNROLL for (int c = 0; c < 16; ++c) {
-      if (c < x.channels) {
-        rows[c] = _mm512_mask_i32gather_ps(rows[c], lanes, at, from + c * x.channel_stride, 4);
       }
     }
   }
 }
 
 // Row t: the channels at position t of the chunk.
+template <typename T>
 FF_INLINE void load_positions(__m512* rows, const MatrixOperand& x, int64_t chunk) {
   const __mmask16 channels = __mmask16((1u << x.channels) - 1);
   const int32_t first = x.first_piece[chunk], last = x.first_piece[chunk + 1];
+  const T* const data = static_cast<const T*>(x.data);
+  const __m512 zero = _mm512_setzero_ps();
   if (last - first == 1 && x.pieces[first].lanes == 0xffff) {
-    const float* const from = x.data + x.pieces[first].offset;
+    const T* const from = data + x.pieces[first].offset;
     FF_UNROLL for (int t = 0; t < 16; ++t) {
       // Positions may be pages apart, which the processor does not foresee.
       _mm_prefetch(from + (t + kAhead) * x.position_stride, _MM_HINT_T0);
-      rows[t] = _mm512_maskz_loadu_ps(channels, from + t * x.position_stride);
+      rows[t] = load(zero, channels, from + t * x.position_stride);
     }
     return;
   }
-  FF_UNROLL for (int t = 0; t < 16; ++t) rows[t] = _mm512_setzero_ps();
+  FF_UNROLL for (int t = 0; t < 16; ++t) rows[t] = zero;
   for (int32_t i = first; i < last; ++i) {
-    const float* const from = x.data + x.pieces[i].offset;
+    const T* const from = data + x.pieces[i].offset;
     FF_UNROLL for (int t = 0; t < 16; ++t) {
       if (x.pieces[i].lanes >> t & 1) {
-        rows[t] = _mm512_maskz_loadu_ps(channels, from + t * x.position_stride);
+        rows[t] = load(zero, channels, from + t * x.position_stride);
       }
     }
+  }
+}
+
+// Rows of 16 positions, a channel each.
+FF_INLINE void load_by_channel(__m512* rows, const MatrixOperand& x, int64_t chunk) {
+  if (x.channel_stride == 1) {
+    x.is_bfloat16 ? load_positions<uint16_t>(rows, x, chunk)
+                  : load_positions<float>(rows, x, chunk);
+    transpose(rows);
+  } else {
+    x.is_bfloat16 ? load_channels<uint16_t>(rows, x, chunk) : load_channels<float>(rows, x, chunk);
+  }
+}
+
+// Rows of 16 channels, a position each.
+FF_INLINE void load_by_position(__m512* rows, const MatrixOperand& x, int64_t chunk) {
+  if (x.channel_stride == 1) {
+    x.is_bfloat16 ? load_positions<uint16_t>(rows, x, chunk)
+                  : load_positions<float>(rows, x, chunk);
+  } else {
+    x.is_bfloat16 ? load_channels<uint16_t>(rows, x, chunk) : load_channels<float>(rows, x, chunk);
+    transpose(rows);
   }
 }
 
@@ -129,12 +173,7 @@ void pack_left(char* to, int64_t term, int64_t row, const MatrixOperand& x, int6
     alignas(64) __m512 values[2][16];
     for (int half = 0; half < 2; ++half) {
       __m512 rows[16];
-      if (x.channel_stride == 1) {
-        load_positions(rows, x, first + chunk + half);
-        transpose(rows);
-      } else {
-        load_channels(rows, x, first + chunk + half);
-      }
+      load_by_channel(rows, x, first + chunk + half);
       FF_UNROLL for (int c = 0; c < 16; ++c) values[half][c] = rows[c];
     }
     if (terms == 1) {
@@ -162,12 +201,7 @@ void pack_right(char* to, int64_t term, const MatrixOperand& x, int64_t first, i
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     __m512 rows[16];
-    if (x.channel_stride == 1) {
-      load_positions(rows, x, first + chunk);
-    } else {
-      load_channels(rows, x, first + chunk);
-      transpose(rows);
-    }
+    load_by_position(rows, x, first + chunk);
     FF_UNROLL for (int pair = 0; pair < 8; ++pair, to += kRowBytes) {
       __m512 even = rows[2 * pair], odd = rows[2 * pair + 1];
       if (terms == 1) {
@@ -198,12 +232,7 @@ void pack_left_tail(char* to, int64_t step, const MatrixOperand& x, int64_t chun
   const int64_t products = products_a_step(positions);
   for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * step);
   alignas(64) __m512 rows[16];
-  if (x.channel_stride == 1) {
-    load_positions(rows, x, chunk);
-    transpose(rows);
-  } else {
-    load_channels(rows, x, chunk);
-  }
+  load_by_channel(rows, x, chunk);
   const __mmask16 lanes = __mmask16((1u << positions) - 1);
   for (int c = 0; c < 16; ++c) {
     __m512 value = rows[c];
@@ -222,12 +251,7 @@ void pack_right_tail(char* to, const MatrixOperand& x, int64_t chunk, int64_t po
   const int64_t products = products_a_step(positions);
   for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * kStepBytes);
   alignas(64) __m512 rows[16];
-  if (x.channel_stride == 1) {
-    load_positions(rows, x, chunk);
-  } else {
-    load_channels(rows, x, chunk);
-    transpose(rows);
-  }
+  load_by_position(rows, x, chunk);
   for (int64_t t = 0; t < positions; ++t) {
     __m512 value = rows[t];
     __m512i terms[3];

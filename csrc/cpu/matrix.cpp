@@ -113,9 +113,16 @@ struct Tap {
 
 class MatrixOuter {
  public:
-  MatrixOuter(const MatrixKernels& kernels, const Problem& problem, const float* g, const float* x,
-              float* out, float alpha, int64_t terms)
-      : k_(kernels), p_(problem), g_(g), x_(x), out_(out), alpha_(alpha), terms_(terms) {
+  MatrixOuter(const MatrixKernels& kernels, const Problem& problem, const void* g, const void* x,
+              bool is_bfloat16, float* out, float alpha)
+      : k_(kernels),
+        p_(problem),
+        g_(static_cast<const char*>(g)),
+        x_(static_cast<const char*>(x)),
+        is_bfloat16_(is_bfloat16),
+        out_(out),
+        alpha_(alpha),
+        terms_(is_bfloat16 ? 1 : 3) {
     by_rows_ = p_.kernel_height * p_.kernel_width == 1 && p_.pad_h == 0 && p_.pad_w == 0;
     plan_flat();
   }
@@ -132,7 +139,7 @@ class MatrixOuter {
     const double left_blocks = double(ceil_div(left, kMatrixSide)) * double(phases_.size());
     const double blocks = left_blocks + double(right_blocks());
     // Rows of a shifted operand lie across cache lines.
-    const double step = by_rows_ ? 115 : 150;
+    const double step = (by_rows_ ? 115 : 150) / (terms_ == 1 ? 4.0 : 1.0);
     const double pack = 0.5 * double(steps_ * kMatrixDepth) + 1.5 * double(tail_);
     double cycles = tiles * (double(steps_) * step + double(tail_steps_) * 20 + 70) +
                     pack * double(kMatrixSide) * blocks;
@@ -348,10 +355,18 @@ class MatrixOuter {
   MatrixOperand operand(bool is_gradient, int64_t n, int64_t channel, int64_t channels,
                         const Positions& positions, const Phase& phase) const {
     const int64_t* const stride = is_gradient ? p_.g_stride : p_.x_stride;
-    const float* data = (is_gradient ? g_ : x_) + n * stride[0] + channel * stride[1];
-    if (!is_gradient) data += phase.line * stride[2] + phase.position * stride[3];
+    int64_t offset = n * stride[0] + channel * stride[1];
+    if (!is_gradient) offset += phase.line * stride[2] + phase.position * stride[3];
+    const int64_t size = is_bfloat16_ ? kElement : int64_t(sizeof(float));
+    const char* const data = (is_gradient ? g_ : x_) + offset * size;
     const int64_t step = is_gradient ? stride[3] : stride[3] * p_.stride_w;
-    return {data, stride[1], step, channels, positions.pieces.data(), positions.first_piece.data()};
+    return {data,
+            is_bfloat16_,
+            stride[1],
+            step,
+            channels,
+            positions.pieces.data(),
+            positions.first_piece.data()};
   }
 
   void pack_right(char* to, int64_t n, int64_t block, int64_t segment) const {
@@ -609,8 +624,9 @@ class MatrixOuter {
 
   const MatrixKernels& k_;
   const Problem& p_;
-  const float* g_;
-  const float* x_;
+  const char* g_;
+  const char* x_;
+  const bool is_bfloat16_;
   float* out_;
   const float alpha_;
   const int64_t terms_;
@@ -631,15 +647,15 @@ class MatrixOuter {
 
 }  // namespace
 
-bool run_matrix(const MatrixKernels& kernels, const Problem& problem, const float* g,
-                const float* x, float* out, float alpha, int64_t terms) {
+bool run_matrix(const MatrixKernels& kernels, const Problem& problem, const void* g, const void* x,
+                bool is_bfloat16, float* out, float alpha) {
   if (problem.groups != 1 || problem.absolute || problem.samples == 0) return false;
   if (problem.rows == 0 || problem.columns == 0) return false;
   if (problem.out_height * problem.out_width == 0) return false;
   // What a vector gathers lies within 32 bits.
   const int64_t reach = std::numeric_limits<int32_t>::max() / kMatrixSide;
   if (problem.g_stride[3] > reach || problem.x_stride[3] * problem.stride_w > reach) return false;
-  MatrixOuter outer(kernels, problem, g, x, out, alpha, terms);
+  MatrixOuter outer(kernels, problem, g, x, is_bfloat16, out, alpha);
   if (!always_matrix_unit() && !outer.is_faster()) return false;
   outer.run();
   return true;

@@ -30,7 +30,8 @@ struct MatrixPiece {
 
 // One operand of one sample. What no piece covers is zero.
 struct MatrixOperand {
-  const float* data;
+  const void* data;
+  bool is_bfloat16;  // else float32
   int64_t channel_stride, position_stride;
   int64_t channels;  // at most kMatrixSide; the others are zero
   const MatrixPiece* pieces;

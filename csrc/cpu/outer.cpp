@@ -653,28 +653,38 @@ void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Te
       .run();
 }
 
-void run(const Problem& problem, const Tensor& out, const Tensor& grad, const Tensor& input,
+// False, and nothing done, for operands that are to be converted to the dtype of out first.
+bool run(const Problem& problem, const Tensor& out, const Tensor& grad, const Tensor& input,
          double alpha) {
-  if (out.scalar_type() == ScalarType::Float) {
-    const MatrixKernels* const matrix = kernels().matrix;
-    if (matrix != nullptr &&
-        run_matrix(*matrix, problem, static_cast<const float*>(grad.const_data_ptr()),
-                   static_cast<const float*>(input.const_data_ptr()),
-                   static_cast<float*>(out.mutable_data_ptr()), float(alpha), 3)) {
-      return;
-    }
-    run<float>(problem, out, grad, input, alpha);
-  } else {
+  if (out.scalar_type() == ScalarType::Double) {
     run<double>(problem, out, grad, input, alpha);
+    return true;
   }
+  const bool is_bfloat16 = grad.scalar_type() == ScalarType::BFloat16;
+  const MatrixKernels* const matrix = kernels().matrix;
+  if (matrix != nullptr &&
+      run_matrix(*matrix, problem, grad.const_data_ptr(), input.const_data_ptr(), is_bfloat16,
+                 static_cast<float*>(out.mutable_data_ptr()), float(alpha))) {
+    return true;
+  }
+  if (is_bfloat16) return false;
+  run<float>(problem, out, grad, input, alpha);
+  return true;
+}
+
+bool are_operands(const Tensor& grad, const Tensor& input, const Tensor& out) {
+  const ScalarType type = grad.scalar_type();
+  return input.scalar_type() == type &&
+         (type == out.scalar_type() ||
+          (type == ScalarType::BFloat16 && out.scalar_type() == ScalarType::Float));
 }
 
 }  // namespace
 
-#define FF_CHECK_OPERANDS(op)                                                                 \
-  FF_CHECK(op, "out", is_floating(out), "expected float32 or float64");                       \
-  FF_CHECK(op, "grad", grad.scalar_type() == out.scalar_type(), "expected the dtype of out"); \
-  FF_CHECK(op, "input", input.scalar_type() == out.scalar_type(), "expected the dtype of out")
+#define FF_CHECK_OPERANDS(op)                                           \
+  FF_CHECK(op, "out", is_floating(out), "expected float32 or float64"); \
+  FF_CHECK(op, "grad, input", are_operands(grad, input, out),           \
+           "expected the dtype of out, or bfloat16 both where out is float32")
 
 void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha, int64_t power) {
   FF_CHECK_OPERANDS("linear_sum_grad_squared_");
@@ -702,7 +712,9 @@ void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alph
   std::copy_n(g_stride, 4, p.g_stride);
   std::copy_n(x_stride, 4, p.x_stride);
   std::copy_n(out_stride, 4, p.out_stride);
-  run(p, out, grad, input, alpha);
+  if (run(p, out, grad, input, alpha)) return;
+  linear_sum_grad_squared_(out, torch::stable::to(grad, ScalarType::Float),
+                           torch::stable::to(input, ScalarType::Float), alpha, power);
 }
 
 void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t> stride,
@@ -755,7 +767,10 @@ void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector
     p.x_stride[i] = input.stride(i);
     p.out_stride[i] = out.stride(i);
   }
-  run(p, out, grad, input, alpha);
+  if (run(p, out, grad, input, alpha)) return;
+  conv2d_sum_grad_squared_(out, torch::stable::to(grad, ScalarType::Float),
+                           torch::stable::to(input, ScalarType::Float), stride, padding, dilation,
+                           groups, alpha, power);
 }
 
 }  // namespace fastfisher::cpu

@@ -246,7 +246,7 @@ def test_compiled_kernels_check_what_they_read() -> None:
         with pytest.raises(RuntimeError, match="power: expected 1 or 2"):
             getattr(OPS, name).default(*arguments[:power], 3)
     with pytest.raises(RuntimeError, match="dtype of out"):
-        ops.linear_sum_grad_squared_(torch.zeros(4, 7), G3.double(), X3)
+        OPS.linear_sum_grad_squared_.default(torch.zeros(4, 7), G3.double(), X3, 1.0)
 
 
 def test_compile_traces_without_a_break() -> None:

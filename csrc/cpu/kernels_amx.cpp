@@ -227,13 +227,25 @@ void clear(char* tile) {
   }
 }
 
+// Whether the products leave no place of the tail's steps empty.
+bool fills_its_steps(int64_t positions) {
+  const int64_t products = products_a_step(positions);
+  return products * positions == kMatrixDepth && kMatrixProducts % products == 0;
+}
+
 void pack_left_tail(char* to, int64_t step, const MatrixOperand& x, int64_t chunk,
                     int64_t positions) {
   const int64_t products = products_a_step(positions);
-  for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * step);
+  if (!fills_its_steps(positions)) {
+    for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * step);
+  }
   alignas(64) __m512 rows[16];
   load_by_channel(rows, x, chunk);
   const __mmask16 lanes = __mmask16((1u << positions) - 1);
+  char* at[kMatrixProducts];
+  for (int64_t p = 0; p < kMatrixProducts; ++p) {
+    at[p] = to + p / products * step + p % products * positions * 2;
+  }
   for (int c = 0; c < 16; ++c) {
     __m512 value = rows[c];
     __m256i terms[3];
@@ -241,17 +253,37 @@ void pack_left_tail(char* to, int64_t step, const MatrixOperand& x, int64_t chun
       terms[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(take_term(value), 16));
     }
     FF_UNROLL for (int p = 0; p < kMatrixProducts; ++p) {
-      char* const at = to + p / products * step + c * kRowBytes + p % products * positions * 2;
-      _mm256_mask_storeu_epi16(at, lanes, terms[kLeftTerms[p]]);
+      _mm256_mask_storeu_epi16(at[p] + c * kRowBytes, lanes, terms[kLeftTerms[p]]);
     }
   }
 }
 
 void pack_right_tail(char* to, const MatrixOperand& x, int64_t chunk, int64_t positions) {
   const int64_t products = products_a_step(positions);
-  for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * kStepBytes);
+  if (!fills_its_steps(positions)) {
+    for (int64_t i = 0; i < tail_steps(positions); ++i) clear(to + i * kStepBytes);
+  }
   alignas(64) __m512 rows[16];
   load_by_position(rows, x, chunk);
+  if (positions % 2 == 0) {
+    // Every pair of positions stays one.
+    char* at[kMatrixProducts];
+    for (int64_t p = 0; p < kMatrixProducts; ++p) {
+      at[p] = to + p / products * kStepBytes + p % products * positions / 2 * kRowBytes;
+    }
+    for (int64_t pair = 0; pair < positions / 2; ++pair) {
+      __m512 even = rows[2 * pair], odd = rows[2 * pair + 1];
+      __m512i terms[3];
+      FF_UNROLL for (int i = 0; i < 3; ++i) {
+        const __m512i even_term = take_term(even);
+        terms[i] = pair_up(even_term, take_term(odd));
+      }
+      FF_UNROLL for (int p = 0; p < kMatrixProducts; ++p) {
+        _mm512_storeu_si512(at[p] + pair * kRowBytes, terms[kRightTerms[p]]);
+      }
+    }
+    return;
+  }
   for (int64_t t = 0; t < positions; ++t) {
     __m512 value = rows[t];
     __m512i terms[3];

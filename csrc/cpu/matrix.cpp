@@ -130,6 +130,7 @@ class MatrixOuter {
   // Whether the vector kernels would take longer. Both by what they were measured to take, in
   // cycles for a sample, over the layers of the benchmarks' models.
   bool is_faster() const {
+    if (steps_ == 0) return false;  // a tail alone gains what its packing costs
     const int64_t left = left_channels();
     const int64_t taps = int64_t(taps_.size());
     const int64_t rest = left % kMatrixSide;

@@ -41,7 +41,12 @@ class Layout:
 
     def matches(self, site: Site) -> bool:
         """Whether ``site`` is the call that was probed."""
-        return (self.key, self.dims) == (site.key, len(site.output_shape))
+        return (
+            self.occurrence == site.occurrence
+            and self.names == site.names
+            and self.function == site.function
+            and self.dims == len(site.output_shape)
+        )
 
     def resolve(self, shape: Sequence[int], count: int) -> SampleAxis | str:
         """The axis of an output of ``shape`` over ``count`` samples, or why there is none."""
@@ -50,13 +55,13 @@ class Layout:
         if not self.candidates:
             return self.reason
         fitting = {
-            SampleAxis(count, axis, minor and shape[axis] != count)
+            (axis, minor and shape[axis] != count)
             for axis, minor in self.candidates
             if shape[axis] % count == 0
         }
         if len(fitting) != 1:
             return "its output does not show which rows belong to which sample"
-        return fitting.pop()
+        return SampleAxis(count, *fitting.pop())
 
 
 def lay_out(site: Site, reached: Mapping[int, Tensor]) -> Layout:

@@ -180,7 +180,11 @@ def fisher_diag(
         objectives, kind, resolved, samples=samples, generator=generator, power=power
     )
     alpha = check_alpha(alpha)
-    chosen = _chosen_parameters(model, parameters)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    # A walk over a deep model takes as long as a small batch: one for all that needs them.
+    modules, everything = list(model.modules()), dict(model.named_parameters())
+    chosen = _chosen_parameters(everything, parameters)
     if into is not None:
         if groups is not None:
             raise ValueError("into: groups have buffers of their own; expected None with groups")
@@ -192,6 +196,8 @@ def fisher_diag(
         model,
         resolved.per_sample,
         expand,
+        {name: p for name, p in everything.items() if p.requires_grad},
+        _buffers(modules),
         chosen,
         strict,
         callable(loss),
@@ -201,7 +207,11 @@ def fisher_diag(
     # Draws from torch's global generator are to move it on; the model's own are not.
     is_drawing = kind == "mc" and generator is None
     stream = contextlib.nullcontext() if is_drawing else RandomStream(chosen.values())
-    with _left_as_found(model, run.buffers), torch.inference_mode(False), torch.enable_grad():
+    with (
+        _left_as_found(model, modules, everything, run.buffers),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         for inputs, targets in _with_progress(data, progress):
             with stream:
                 run.add_batch(inputs, targets)
@@ -209,10 +219,9 @@ def fisher_diag(
     return results[0] if groups is None else FisherGroups(results)
 
 
-def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    everything = dict(model.named_parameters())
+def _chosen_parameters(
+    everything: Mapping[str, nn.Parameter], names: Iterable[str] | None
+) -> dict[str, nn.Parameter]:
     if names is None:
         chosen = {name: p for name, p in everything.items() if p.requires_grad}
     else:
@@ -239,24 +248,38 @@ def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
     return tqdm(data, desc="fisher", unit="batch", leave=False, disable=None)
 
 
+def _buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Each buffer once."""
+    entries = (buffer for module in modules for buffer in module._buffers.values())
+    return list({id(buffer): buffer for buffer in entries if buffer is not None}.values())
+
+
 @contextlib.contextmanager
-def _left_as_found(model: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None]:
+def _left_as_found(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Sequence[Tensor],
+) -> Iterator[None]:
     """Eval mode inside; afterwards modes, buffers and gradients are what they were."""
-    training = [module for module in model.modules() if module.training]
-    grads = [(p, p.grad) for p in model.parameters()]
-    saved = [(b, b._version, b.detach().clone()) for b in buffers]
-    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    training = [module for module in modules if module.training]
+    grads = [(p, p.grad) for p in parameters.values()]
+    with torch.no_grad():
+        saved = [(b, b._version, b.clone()) for b in buffers]
+    tables = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
     try:
         if training:
             model.eval()
-        for parameter, _ in grads:
-            parameter.grad = None
+        for parameter, grad in grads:
+            if grad is not None:
+                parameter.grad = None
         yield
     finally:
         for module in training:
             module.training = True
         for parameter, grad in grads:
-            parameter.grad = grad
+            if parameter.grad is not grad:
+                parameter.grad = grad
         for table, entries in tables:
             table.clear()
             table.update(entries)
@@ -358,6 +381,10 @@ class _Pass:
     model: nn.Module
     loss: PerSampleLoss
     expand: Callable[[Any, Any], Iterator[Objective]]
+    #: Every parameter that requires grad. Those that were not chosen are followed too: an output
+    #: that required grad through one of them would hide that backward must start at a site.
+    tracked: dict[str, nn.Parameter]
+    buffers: list[Tensor]
     chosen: dict[str, nn.Parameter]
     strict: bool
     custom_loss: bool
@@ -372,11 +399,7 @@ class _Pass:
     probe: _Probe | None = None
 
     def __post_init__(self) -> None:
-        # Parameters that were not chosen are followed too: an output that required grad through
-        # one of them would hide that the backward pass must start at a site.
-        self.tracked = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.versions = {name: p._version for name, p in self.tracked.items()}
-        self.buffers = list(self.model.buffers())
 
     # -- a batch -----------------------------------------------------------------------------
 
@@ -648,7 +671,6 @@ class _Batch:
 
     def __post_init__(self) -> None:
         self.recorder = self.run.recorder(self._on_grad, self.shared)
-        self._samples: dict[int, SampleAxis] = {}
         self._uses: dict[str, int] = defaultdict(int)
         self._pending: dict[str, list[tuple[Site, str, Tensor]]] = defaultdict(list)
         self._done: set[str] = set()
@@ -674,10 +696,11 @@ class _Batch:
                     for name in self.recorder.roots_of(site):
                         self.reasons.setdefault(name, f"{site.function}: {axis}")
                 else:
-                    self._samples[id(site)] = axis
+                    site.samples = axis
         else:
+            alone = SampleAxis(1, None)
             for site in sites:
-                self._samples[id(site)] = SampleAxis(1, None)
+                site.samples = alone
         self._collect_reasons(probe.reasons)
         return True
 
@@ -715,10 +738,9 @@ class _Batch:
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 losses.sum(), leaves, allow_unused=True, retain_graph=keep_graph
             )
-            names = [{name} for name in self.run.tracked]
-            names += [self.recorder.roots(name) for name in self.recorder.derived]
-            hidden = [roots for roots, grad in zip(names, grads, strict=False) if grad is not None]
-            for name in sorted(set().union(*hidden)):
+            names = (*self.run.tracked, *self.recorder.derived)
+            hidden = [name for name, grad in zip(names, grads, strict=False) if grad is not None]
+            for name in sorted(set().union(*(self.recorder.roots(name) for name in hidden))):
                 if name in self._done:
                     _probes.pop(self.run.model, None)
                     raise RuntimeError(
@@ -754,7 +776,7 @@ class _Batch:
         roots = self.recorder.roots_of(site) if self.recorder.derived else site.names
         if not any([self._is_wanted(name) for name in roots]):
             return
-        samples = self._samples.get(id(site))
+        samples = site.samples
         if samples is None:
             raise RuntimeError(
                 f"the forward pass itself differentiates {site.function} with parameter "
@@ -815,9 +837,9 @@ class _Batch:
         for part in self.parts:
             totals = {name: part.sums.of(name) for name in names}
             occurrences = [
-                Occurrence(site.use, slot, grad, part.along(self._samples[id(site)]))
+                Occurrence(site.use, slot, grad, part.along(site.samples))
                 for site, slot, grad in uses
-                if id(site) in self._samples
+                if site.samples is not None
             ]
             count, weight, power = part.size(self.count), self._weight, self.run.power
             try:

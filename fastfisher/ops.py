@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,9 +60,8 @@ _library.define(
 _DEFAULT_CHUNK_ELEMENTS = 1 << 24
 
 
-def _check(op: str, argument: str, condition: bool, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"fastfisher::{op}: {argument}: expected {expected}")
+def _refuse(op: str, argument: str, expected: str) -> NoReturn:
+    raise ValueError(f"fastfisher::{op}: {argument}: expected {expected}")
 
 
 def powers_(values: Tensor, power: int) -> Tensor:
@@ -284,6 +283,12 @@ for _name, _kernel in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastfisher::{_name}", _fake, lib=_library)
 
+# Looked up once: these run for every layer of a backward pass.
+_linear = torch.ops.fastfisher.linear_sum_grad_squared_.default
+_conv2d = torch.ops.fastfisher.conv2d_sum_grad_squared_.default
+_channel = torch.ops.fastfisher.channel_sum_grad_squared_.default
+_embedding = torch.ops.fastfisher.embedding_sum_grad_squared_.default
+
 _C: Any = None
 _load_error: str | None = None
 try:
@@ -342,19 +347,24 @@ def linear_sum_grad_squared_(
     Raises:
         ValueError: a shape or dtype does not fit, or ``power`` is neither.
     """
-    op = "linear_sum_grad_squared_"
-    _check(op, "grad", grad.dim() == 3, "[N, T, O]")
-    _check(op, "input", input.dim() == 3 and input.shape[:2] == grad.shape[:2], "[N, T, I]")
-    _check(op, "out", out.shape == (grad.shape[2], input.shape[2]), "[O, I]")
-    _check(op, "grad, input", _are_operands(grad, input, out), _OPERANDS)
-    _check(op, "power", power in (1, 2), "1 or 2")
-    if grad.shape[1] == 1:
+    op, g, x = "linear_sum_grad_squared_", grad.shape, input.shape
+    if len(g) != 3:
+        _refuse(op, "grad", "[N, T, O]")
+    if len(x) != 3 or x[0] != g[0] or x[1] != g[1]:
+        _refuse(op, "input", "[N, T, I]")
+    if out.shape != (g[2], x[2]):
+        _refuse(op, "out", "[O, I]")
+    if not _are_operands(grad, input, out):
+        _refuse(op, "grad, input", _OPERANDS)
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    if g[1] == 1:
         # One position: the square of a product is the product of squares, a plain GEMM.
-        g, x = grad[:, 0].to(out.dtype), input[:, 0].to(out.dtype)
-        g, x = (g.square(), x.square()) if power == 2 else (g.abs(), x.abs())
-        out.addmm_(g.t(), x, alpha=alpha)
+        grad, input = grad.squeeze(1).to(out.dtype), input.squeeze(1).to(out.dtype)
+        powers = torch.square if power == 2 else torch.abs
+        out.addmm_(powers(grad).t(), powers(input), alpha=alpha)
         return
-    torch.ops.fastfisher.linear_sum_grad_squared_.default(out, grad, input, alpha, power)
+    _linear(out, grad, input, alpha, power)
     torch.autograd.graph.increment_version(out)
 
 
@@ -387,22 +397,18 @@ def conv2d_sum_grad_squared_(
     Raises:
         ValueError: a shape does not fit, or ``power`` is neither.
     """
-    op = "conv2d_sum_grad_squared_"
-    _check(op, "grad", grad.dim() == 4, "[N, O, OH, OW]")
-    _check(op, "input", input.dim() == 4 and input.shape[0] == grad.shape[0], "[N, C, H, W]")
-    _check(
-        op,
-        "out",
-        out.dim() == 4
-        and groups > 0
-        and out.shape[:2] == (grad.shape[1], input.shape[1] // groups),
-        "[O, C / groups, KH, KW]",
-    )
-    _check(op, "grad, input", _are_operands(grad, input, out), _OPERANDS)
-    _check(op, "power", power in (1, 2), "1 or 2")
-    torch.ops.fastfisher.conv2d_sum_grad_squared_.default(
-        out, grad, input, list(stride), list(padding), list(dilation), groups, alpha, power
-    )
+    op, g, x, o = "conv2d_sum_grad_squared_", grad.shape, input.shape, out.shape
+    if len(g) != 4:
+        _refuse(op, "grad", "[N, O, OH, OW]")
+    if len(x) != 4 or x[0] != g[0]:
+        _refuse(op, "input", "[N, C, H, W]")
+    if len(o) != 4 or groups < 1 or o[0] != g[1] or o[1] != x[1] // groups:
+        _refuse(op, "out", "[O, C / groups, KH, KW]")
+    if not _are_operands(grad, input, out):
+        _refuse(op, "grad, input", _OPERANDS)
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _conv2d(out, grad, input, stride, padding, dilation, groups, alpha, power)
     torch.autograd.graph.increment_version(out)
 
 
@@ -440,24 +446,29 @@ def channel_sum_grad_squared_(
     Raises:
         ValueError: a shape does not fit, or ``power`` is neither.
     """
-    op = "channel_sum_grad_squared_"
-    _check(op, "grad", grad.dim() == 3, "[N, T, C]")
-    _check(op, "weight, bias", weight is not None or bias is not None, "at least one of them")
-    _check(op, "input", (input is None) == (weight is None), "with weight, and only with it")
-    for name, out in (("weight", weight), ("bias", bias)):
-        _check(op, name, out is None or out.shape == grad.shape[2:], "[C]")
+    op, g = "channel_sum_grad_squared_", grad.shape
+    if len(g) != 3:
+        _refuse(op, "grad", "[N, T, C]")
+    if weight is None and bias is None:
+        _refuse(op, "weight, bias", "at least one of them")
+    if (input is None) != (weight is None):
+        _refuse(op, "input", "with weight, and only with it")
+    if weight is not None and weight.shape != g[2:]:
+        _refuse(op, "weight", "[C]")
+    if bias is not None and bias.shape != g[2:]:
+        _refuse(op, "bias", "[C]")
     if input is not None:
-        _check(op, "input", input.shape == grad.shape, "[N, T, C]")
+        if input.shape != g:
+            _refuse(op, "input", "[N, T, C]")
         mean = None if mean is None else mean.expand_as(grad)
         scale = (grad.new_ones(()) if scale is None else scale).expand_as(grad)
-    _check(op, "factor", (factor is None) == (grad_input is None), "with grad_input, and only then")
-    if grad_input is not None:
-        fits = grad_input.shape == grad.shape and grad_input.stride() == grad.stride()
-        _check(op, "grad_input", fits, "[N, T, C] with the strides of grad")
-    _check(op, "power", power in (1, 2), "1 or 2")
-    torch.ops.fastfisher.channel_sum_grad_squared_.default(
-        weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power
-    )
+    if (factor is None) != (grad_input is None):
+        _refuse(op, "factor", "with grad_input, and only then")
+    if grad_input is not None and (grad_input.shape != g or grad_input.stride() != grad.stride()):
+        _refuse(op, "grad_input", "[N, T, C] with the strides of grad")
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _channel(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power)
     outs = [out for out in (weight, bias, grad_input) if out is not None]
     torch.autograd.graph.increment_version(outs)
 
@@ -484,14 +495,16 @@ def embedding_sum_grad_squared_(
     Raises:
         ValueError: a shape does not fit, or ``power`` is neither.
     """
-    op = "embedding_sum_grad_squared_"
-    _check(op, "out", out.dim() == 2, "[V, D]")
-    _check(op, "grad", grad.dim() == 3 and grad.shape[2:] == out.shape[1:], "[N, T, D]")
-    _check(op, "index", index.shape == grad.shape[:2], "[N, T]")
-    _check(op, "power", power in (1, 2), "1 or 2")
-    torch.ops.fastfisher.embedding_sum_grad_squared_.default(
-        out, grad, index.long(), padding_index, alpha, power
-    )
+    op, g = "embedding_sum_grad_squared_", grad.shape
+    if out.dim() != 2:
+        _refuse(op, "out", "[V, D]")
+    if len(g) != 3 or g[2] != out.shape[1]:
+        _refuse(op, "grad", "[N, T, D]")
+    if index.shape != g[:2]:
+        _refuse(op, "index", "[N, T]")
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _embedding(out, grad, index.long(), padding_index, alpha, power)
     torch.autograd.graph.increment_version(out)
 
 

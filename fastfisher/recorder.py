@@ -165,7 +165,7 @@ class SampleAxis:
         return tensor if self.part is None else tensor[self.part]
 
 
-@dataclass
+@dataclass(slots=True)
 class Site:
     """One recorded call.
 
@@ -185,6 +185,8 @@ class Site:
     occurrence: int = 0
     #: Whether no input of the call required grad.
     source: bool = False
+    #: Where samples lie in its output, as soon as that is known.
+    samples: SampleAxis | None = None
     #: The output's place in the graph.
     node: torch.autograd.graph.Node | None = None
     #: Whether backward has come by.
@@ -194,7 +196,8 @@ class Site:
 
     def forget_inputs(self) -> None:
         """Lets go of what only the kernels needed; :attr:`use` is gone then."""
-        self.__dict__.pop("use", None)
+        if hasattr(self, "use"):
+            del self.use
         self.saved = ()
 
     def release(self) -> None:
@@ -260,9 +263,17 @@ class _Passing(torch.autograd.Function):
         return compute()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pull(grads[0]), None, None
+        # The wrapper has nothing to do but where a graph of the backward pass is made, and takes
+        # as long as the rest.
+        return (_pull_once if torch.is_grad_enabled() else _pull)(ctx, grads[0])
+
+
+def _pull(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return ctx.pull(grad), None, None
+
+
+_pull_once = once_differentiable(_pull)
 
 
 # Functions that only rearrange entries: a parameter's view is followed through them.
@@ -401,18 +412,19 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        values = (*args, *kwargs.values()) if kwargs else args
         # Most calls have no parameter; this runs once for every function of the forward pass.
         tracked = self._tracked
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in tracked or isinstance(value, (list, tuple, dict)):
+        for value in values:
+            if id(value) in tracked:
+                break
+            if isinstance(value, (list, tuple, dict)) and any(self._views_in((value,))):
                 break
         else:
             return func(*args, **kwargs)
-        views = list(self._views_in((*args, *kwargs.values())))
-        if not views:
-            return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            self.without_grad.update(*(self.roots(view.name) for view in views))
+            names = [view.name for view in self._views_in(values)]
+            self.without_grad.update(*(self.roots(name) for name in names))
             return func(*args, **kwargs)
         rule = self.rules.get(func)
         if rule is not None:
@@ -422,6 +434,7 @@ class Recorder(TorchFunctionMode):
                 result = self._derive(func, args, kwargs, constant=True)
             if result is not NotImplemented:
                 return result
+        views = list(self._views_in(values))
         name = name_of(func)
         if name in _NO_GRADIENT_NAMES:
             return func(*args, **kwargs)

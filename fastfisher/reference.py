@@ -43,7 +43,8 @@ def sum_dtype(parameter: Tensor) -> torch.dtype:
 
 def wide(values: Tensor) -> Tensor:
     """``values`` in float32, or in float64 if they are that."""
-    return values.to(sum_dtype(values))
+    dtype = sum_dtype(values)
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def _powers(gradient: Tensor, power: int) -> Tensor:

@@ -81,6 +81,7 @@ class Sums:
         if self._totals:
             self._fold()
         values = {}
+        scratch: dict[torch.dtype, Tensor] = {}
         for name in self._parameters:
             total = self._totals.pop(name, None)
             value = self.of(name)
@@ -88,5 +89,20 @@ class Sums:
                 value.copy_(total.mul_(factor))
             elif factor != 1.0:
                 value.mul_(factor)
-            values[name] = self._sums.pop(name).contiguous()
+            values[name] = _contiguous(self._sums.pop(name), scratch)
         return values
+
+
+def _contiguous(value: Tensor, scratch: dict[torch.dtype, Tensor]) -> Tensor:
+    """``value``, dense in either memory format, with contiguous strides in its own memory.
+
+    ``scratch`` is kept between calls: fresh pages for every result would cost more than the copies.
+    """
+    if value.is_contiguous():
+        return value
+    buffer = scratch.get(value.dtype)
+    if buffer is None or buffer.numel() < value.numel():
+        buffer = scratch[value.dtype] = value.new_empty(value.numel())
+    stored = value.permute(0, 2, 3, 1)
+    copy = buffer[: value.numel()].view(stored.shape).copy_(stored)
+    return stored.view(value.shape).copy_(copy.permute(0, 3, 1, 2))

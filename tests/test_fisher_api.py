@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfisher import FallbackWarning, FisherDiag, fisher_diag
+from fastfisher.reference import fisher_diag_loop
 
-from .oracle import assert_exact
+from .oracle import assert_exact, cross_entropy, relative_errors
 
 
 def small() -> nn.Module:
@@ -273,3 +274,15 @@ def test_a_model_that_differentiates_its_forward_pass_is_named() -> None:
     batch = torch.randn(3, 4), torch.tensor([0, 2, 1])
     with pytest.raises(RuntimeError, match="forward pass itself differentiates"):
         fisher_diag(_GradientPenalty(), [batch])
+
+
+def test_results_are_contiguous_whatever_the_kernels_write() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, (1, 2)), nn.Flatten()
+    )
+    data = [(torch.randn(2, 2, 6, 6), torch.zeros(2).long())]
+    result = fisher_diag(model, data)
+    exact = fisher_diag_loop(model, data, cross_entropy)
+    assert all(value.is_contiguous() for value in result.values())
+    assert max(relative_errors(result, exact).values()) < 1e-5
+    assert len({value.untyped_storage().data_ptr() for value in result.values()}) == len(result)

@@ -29,15 +29,6 @@ def plain(recorder: Recorder, value: Any) -> Any:
     return value if recorder.view(value) is None else value.detach()
 
 
-def untracked(recorder: Recorder, bound: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among a call's arguments through which gradients must go on flowing."""
-    return [
-        value
-        for value in bound.values()
-        if isinstance(value, Tensor) and recorder.view(value) is None
-    ]
-
-
 def parameter_views(
     recorder: Recorder, bound: Mapping[str, Any], slots: Sequence[str]
 ) -> dict[str, View] | None:
@@ -51,6 +42,33 @@ def parameter_views(
             return None
         views[name] = view
     return views
+
+
+def separate(
+    recorder: Recorder, bound: dict[str, Any], slots: Sequence[str]
+) -> tuple[dict[str, View], list[Tensor]] | None:
+    """Tells the tracked parameters of a call from its other tensors.
+
+    The parameters among the arguments ``bound`` are replaced by themselves without their history.
+
+    Returns:
+        The views that the parameters are, by their place among ``slots``, and the tensors through
+        which gradients must go on flowing; None if a parameter is passed anywhere else.
+    """
+    views, others = {}, []
+    for name, value in bound.items():
+        if not isinstance(value, Tensor):
+            continue
+        view = recorder.view(value)
+        if view is None:
+            others.append(value)
+        elif name in slots:
+            views[name] = view
+        else:
+            return None
+    for name in views:
+        bound[name] = bound[name].detach()
+    return views, others
 
 
 def as_product_reads(x: Tensor) -> Tensor:

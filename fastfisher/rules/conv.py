@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, as_product_reads, bind, parameter_views, plain, untracked
+from .common import as_dtype, as_product_reads, bind, separate
 from .terms import Images
 
 
-@dataclass
+@dataclass(slots=True)
 class ConvUse:
     """A convolution of a batch ``input [B, C, *size]``; tuples have an entry a dimension."""
 
@@ -158,22 +158,23 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 
 
 def _rule(dims: int, transposed: bool) -> Rule:
+    names = _TRANSPOSED if transposed else _ORDINARY
+    defaults = {**_DEFAULTS, "output_padding": 0} if transposed else _DEFAULTS
+
     def rule(
         recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        defaults = {**_DEFAULTS, "output_padding": 0} if transposed else _DEFAULTS
-        bound = bind(args, kwargs, _TRANSPOSED if transposed else _ORDINARY, defaults)
-        views = parameter_views(recorder, bound, ("weight", "bias"))
-        x = bound["input"]
-        if views is None or x.dim() != dims + 2:
+        bound = bind(args, kwargs, names, defaults)
+        separated = separate(recorder, bound, ("weight", "bias"))
+        if separated is None or bound["input"].dim() != dims + 2:
             return NotImplemented
-        x = bound["input"] = as_product_reads(x)
-        weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
+        views, inputs = separated
+        x = as_product_reads(bound["input"])
         stride, dilation = _each(bound["stride"], dims), _each(bound["dilation"], dims)
         if isinstance(bound["padding"], str):
             # "same" may need one more zero at the end than at the beginning: pad first, then none.
             if bound["padding"] == "same":
-                sizes = zip(dilation, weight.shape[2:], strict=True)
+                sizes = zip(dilation, bound["weight"].shape[2:], strict=True)
                 sides = [(d * (k - 1) // 2, -(-d * (k - 1) // 2)) for d, k in sizes]
                 x = torch.nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
             padding = (0,) * dims
@@ -181,9 +182,9 @@ def _rule(dims: int, transposed: bool) -> Rule:
             padding = _each(bound["padding"], dims)
         more = _each(bound["output_padding"], dims) if transposed else None
         use = ConvUse(views, x, stride, padding, dilation, bound["groups"], more)
-        options = {**bound, "input": x, "weight": weight, "bias": bias, "padding": padding}
-        inputs = untracked(recorder, bound)
-        return recorder.record(func, use, inputs, lambda: func(**options), saved=[x])
+        bound["input"], bound["padding"] = x, padding
+        arguments = [bound[name] for name in names]
+        return recorder.record(func, use, inputs, lambda: func(*arguments), saved=[x])
 
     return rule
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, as_product_reads, bind, parameter_views, plain, untracked
+from .common import as_dtype, as_product_reads, bind, separate
 from .terms import Outer
 
 
-@dataclass
+@dataclass(slots=True)
 class LinearUse:
     """``output = input @ weight.T + bias``; ``transposed`` is for ``input @ weight``."""
 
@@ -25,7 +25,12 @@ class LinearUse:
     transposed: bool = False
 
     def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
-        return samples.split(tensor).reshape(samples.count, -1, tensor.shape[-1])
+        rows = samples.rows(tensor)
+        if rows is None:
+            rows = samples.split(tensor)
+        elif rows.dim() == 2:
+            return rows.unsqueeze(1)
+        return rows.reshape(samples.count, -1, tensor.shape[-1])
 
     def accumulate(
         self,
@@ -66,22 +71,25 @@ def _record(
     slots: Sequence[str],
     transposed: bool,
 ) -> Any:
-    views = parameter_views(recorder, bound, slots)
     x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
-    if views is None or weight.dim() != 2 or x.dim() < 1:
+    if weight.dim() != 2 or x.dim() < 1:
         return NotImplemented
     if bias is not None and bias.shape != weight.shape[1 if transposed else 0 :][:1]:
         return NotImplemented
-    x = bound["input"] = as_product_reads(x)
+    separated = separate(recorder, bound, slots)
+    if separated is None:
+        return NotImplemented
+    views, inputs = separated
+    x = as_product_reads(x)
     use = LinearUse(views, range(x.dim() - 1), x, transposed)
-    w, b = plain(recorder, weight), plain(recorder, bias)
+    w, b = bound["weight"], bound.get("bias")
 
     def compute() -> Tensor:
         if not transposed:
             return torch.nn.functional.linear(x, w, b)
         return x @ w if b is None else torch.addmm(b, x, w)
 
-    return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
+    return recorder.record(func, use, inputs, compute, saved=[x])
 
 
 def _linear(

@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
 from ..reference import wide
-from .common import as_dtype, bind, is_recast, parameter_views, plain, untracked
+from .common import as_dtype, bind, is_recast, separate
 
 
-@dataclass
+@dataclass(slots=True)
 class NormUse:
     """``output = (input - mean) * scale * weight + bias``.
 
@@ -40,20 +40,22 @@ class NormUse:
         if self.features is None:
             rows = samples.rows(tensor)
             if rows is not None:
-                if rows.dim() == 2:
-                    return rows.unsqueeze(1)
-                return rows.flatten(2).transpose(1, 2)
+                return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(2).transpose(1, 2)
             parts = samples.split(tensor).movedim(2, -1)
             return parts.reshape(samples.count, -1, tensor.shape[1])
         width = math.prod(tensor.shape[tensor.dim() - self.features :])
-        return samples.split(tensor).reshape(samples.count, -1, width)
+        rows = samples.rows(tensor)
+        rows = samples.split(tensor) if rows is None else rows
+        return rows.reshape(samples.count, -1, width)
 
     def _statistic(self, value: Tensor | None, samples: SampleAxis) -> Tensor | None:
         if value is None or value.dim() == 1:
             return value
         if self.features is not None:
             # One number a position.
-            return samples.split(value).reshape(samples.count, -1, 1)
+            rows = samples.rows(value)
+            rows = samples.split(value) if rows is None else rows
+            return rows.reshape(samples.count, -1, 1)
         if value.shape[0] == 1:
             return value.reshape(1, 1, -1)
         parts = samples.split(value)
@@ -79,8 +81,7 @@ class NormUse:
     ) -> None:
         like = next(iter(outs.values()))
         g, x, mean, scale = self._operands(grad, samples)
-        weight = outs["weight"].view(-1) if "weight" in outs else None
-        bias = outs["bias"].view(-1) if "bias" in outs else None
+        weight, bias = _flat(outs.get("weight")), _flat(outs.get("bias"))
         if weight is None:
             ops.channel_sum_grad_squared_(None, bias, as_dtype(g, like), alpha=alpha, power=power)
             return
@@ -130,20 +131,24 @@ class NormUse:
         return None
 
 
+def _flat(out: Tensor | None) -> Tensor | None:
+    return out if out is None or out.dim() == 1 else out.view(-1)
+
+
 def _batch_norm(*names: str) -> Rule:
     def rule(
         recorder: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         bound = bind(args, kwargs, names, _BATCH_NORM_DEFAULTS)
-        views = parameter_views(recorder, bound, ("weight", "bias"))
+        separated = separate(recorder, bound, ("weight", "bias"))
         x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
-        if views is None or bound["training"] or mean is None or x.dim() < 2:
+        if separated is None or bound["training"] or mean is None or x.dim() < 2:
             return NotImplemented
-        weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
+        views, inputs = separated
+        weight, bias = bound["weight"], bound["bias"]
         eps, enabled = bound["eps"], bound["cudnn_enabled"]
-        scale = torch.rsqrt(wide(var) + eps)
+        scale = torch.add(wide(var), eps).rsqrt_()
         use = NormUse(views, (0,), x, None, mean, scale)
-        inputs = untracked(recorder, bound)
         passing = None
         if x.requires_grad and not any([v.requires_grad for v in inputs if v is not x]):
             use.factor = scale if weight is None else scale * weight
@@ -166,12 +171,12 @@ def _layer_norm(
         ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
         {"weight": None, "bias": None, "eps": 1e-5},
     )
-    views = parameter_views(recorder, bound, ("weight", "bias"))
+    separated = separate(recorder, bound, ("weight", "bias"))
     x, shape = bound["input"], list(bound["normalized_shape"])
-    if views is None or x.dim() <= len(shape) or is_recast(x):
+    if separated is None or x.dim() <= len(shape) or is_recast(x):
         return NotImplemented
-    weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
-    eps = bound["eps"]
+    views, inputs = separated
+    weight, bias, eps = bound["weight"], bound["bias"], bound["eps"]
     use = NormUse(views, range(x.dim() - len(shape)), x, len(shape))
 
     def compute() -> Tensor:
@@ -179,7 +184,7 @@ def _layer_norm(
         use.mean, use.scale = mean.detach(), rstd.detach()
         return output
 
-    return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
+    return recorder.record(func, use, inputs, compute, saved=[x])
 
 
 def _group_norm(
@@ -191,12 +196,12 @@ def _group_norm(
         ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
         {"weight": None, "bias": None, "eps": 1e-5},
     )
-    views = parameter_views(recorder, bound, ("weight", "bias"))
+    separated = separate(recorder, bound, ("weight", "bias"))
     x, groups = bound["input"], bound["num_groups"]
-    if views is None or x.dim() < 2 or is_recast(x):
+    if separated is None or x.dim() < 2 or is_recast(x):
         return NotImplemented
-    weight, bias = plain(recorder, bound["weight"]), plain(recorder, bound["bias"])
-    eps = bound["eps"]
+    views, inputs = separated
+    weight, bias, eps = bound["weight"], bound["bias"], bound["eps"]
     rows, channels = x.shape[:2]
     use = NormUse(views, (0,), x, None)
 
@@ -210,7 +215,7 @@ def _group_norm(
         use.scale = rstd.detach().repeat_interleave(each, 1).reshape(shape)
         return output
 
-    return recorder.record(func, use, untracked(recorder, bound), compute, saved=[x])
+    return recorder.record(func, use, inputs, compute, saved=[x])
 
 
 def _rms_norm(
@@ -222,21 +227,18 @@ def _rms_norm(
         ("input", "normalized_shape", "weight", "eps"),
         {"weight": None, "eps": None},
     )
-    views = parameter_views(recorder, bound, ("weight",))
+    separated = separate(recorder, bound, ("weight",))
     x, shape = bound["input"], list(bound["normalized_shape"])
-    if views is None or x.dim() <= len(shape):
+    if separated is None or x.dim() <= len(shape):
         return NotImplemented
-    weight, eps = plain(recorder, bound["weight"]), bound["eps"]
+    views, inputs = separated
+    weight, eps = bound["weight"], bound["eps"]
     values = wide(x.detach())
     squares = values.square().mean(list(range(-len(shape), 0)), keepdim=True)
     scale = torch.rsqrt(squares + (torch.finfo(values.dtype).eps if eps is None else eps))
     use = NormUse(views, range(x.dim() - len(shape)), x, len(shape), None, scale)
     return recorder.record(
-        func,
-        use,
-        untracked(recorder, bound),
-        lambda: torch.rms_norm(x, shape, weight, eps),
-        saved=[x],
+        func, use, inputs, lambda: torch.rms_norm(x, shape, weight, eps), saved=[x]
     )
 
 
@@ -259,20 +261,19 @@ def _instance_norm(
         ),
         {},
     )
-    views = parameter_views(recorder, bound, ("weight", "bias"))
+    separated = separate(recorder, bound, ("weight", "bias"))
     x, mean, var = bound["input"], bound["running_mean"], bound["running_var"]
-    if views is None or x.dim() < 3 or (bound["use_input_stats"] and mean is not None):
+    if separated is None or x.dim() < 3 or (bound["use_input_stats"] and mean is not None):
         return NotImplemented
     if mean is None:
         axes = list(range(2, x.dim()))
         var, mean = torch.var_mean(wide(x.detach()), axes, correction=0, keepdim=True)
     else:
         mean, var = (wide(s).reshape(1, -1, *[1] * (x.dim() - 2)) for s in (mean, var))
-    arguments = [plain(recorder, value) for value in bound.values()][1:]
+    views, inputs = separated
+    arguments = list(bound.values())[1:]
     use = NormUse(views, (0,), x, None, mean, torch.rsqrt(var + bound["eps"]))
-    return recorder.record(
-        func, use, untracked(recorder, bound), lambda: torch.instance_norm(x, *arguments), saved=[x]
-    )
+    return recorder.record(func, use, inputs, lambda: torch.instance_norm(x, *arguments), saved=[x])
 
 
 _BATCH_NORM_DEFAULTS = {

@@ -12,6 +12,9 @@ from .reference import sum_dtype
 # Batches whose powers are added in the sums' own precision before they go into a float64 total.
 _BATCHES_PER_SUM = 32
 
+# Entries of a buffer that an allocator takes fresh pages for.
+_PAGES = 1 << 14
+
 
 class Sums:
     """Sums over samples of the powers of per-sample gradients, one buffer a parameter.
@@ -98,8 +101,8 @@ def _contiguous(value: Tensor, scratch: dict[torch.dtype, Tensor]) -> Tensor:
 
     ``scratch`` is kept between calls: fresh pages for every result would cost more than the copies.
     """
-    if value.is_contiguous():
-        return value
+    if value.is_contiguous() or value.numel() < _PAGES:
+        return value.contiguous()
     buffer = scratch.get(value.dtype)
     if buffer is None or buffer.numel() < value.numel():
         buffer = scratch[value.dtype] = value.new_empty(value.numel())

@@ -468,11 +468,22 @@ void add_tile(float* out, int64_t out_row, int64_t rows, int64_t columns, const 
   }
 }
 
+void add_transposed_tile(float* out, int64_t out_row, int64_t rows, int64_t columns,
+                         const float* sums, float alpha) {
+  __m512 values[16];
+  FF_UNROLL for (int c = 0; c < 16; ++c) values[c] = _mm512_loadu_ps(sums + c * kMatrixSide);
+  transpose(values);
+  alignas(64) float rows_first[kMatrixTile];
+  FF_UNROLL for (int r = 0; r < 16; ++r) _mm512_store_ps(rows_first + r * 16, values[r]);
+  add_tile(out, out_row, rows, columns, rows_first, alpha);
+}
+
 }  // namespace
 
 const MatrixKernels& matrix_kernels_amx() {
   static const MatrixKernels kernels = {
-      &begin, &end, &pack_left, &pack_right, &pack_left_tail, &pack_right_tail, &tile, &add_tile};
+      &begin,           &end,  &pack_left, &pack_right,         &pack_left_tail,
+      &pack_right_tail, &tile, &add_tile,  &add_transposed_tile};
   return kernels;
 }
 

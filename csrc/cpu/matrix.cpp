@@ -5,8 +5,8 @@
 //
 // The left operand has its channels in the rows of a tile, and may begin at any position; the right
 // one has them in the columns, with positions in pairs. A convolution's input is on the left, and
-// its gradient on the right. Where there is a single tap it is the other way round, so that a row
-// of a tile is a run of a row of `out`.
+// its gradient on the right. Where there is a single tap the wider of the two is on the left, since
+// the right one is what a block of samples is limited by.
 //
 // A task is what shares one packed left operand: the taps of 16 input channels, or 64 rows.
 // Samples go in blocks whose packed operands stay in the second-level cache, and a sample that does
@@ -123,7 +123,8 @@ class MatrixOuter {
         out_(out),
         alpha_(alpha),
         terms_(is_bfloat16 ? 1 : 3) {
-    by_rows_ = p_.kernel_height * p_.kernel_width == 1 && p_.pad_h == 0 && p_.pad_w == 0;
+    single_ = p_.kernel_height * p_.kernel_width == 1 && p_.pad_h == 0 && p_.pad_w == 0;
+    gradient_left_ = single_ && p_.rows >= p_.columns;
     plan_flat();
   }
 
@@ -140,11 +141,11 @@ class MatrixOuter {
     const double left_blocks = double(ceil_div(left, kMatrixSide)) * double(phases_.size());
     const double blocks = left_blocks + double(right_blocks());
     // Rows of a shifted operand lie across cache lines.
-    const double step = (by_rows_ ? 115 : 150) / (terms_ == 1 ? 4.0 : 1.0);
+    const double step = (single_ ? 115 : 150) / (terms_ == 1 ? 4.0 : 1.0);
     const double pack = 0.5 * double(steps_ * kMatrixDepth) + 1.5 * double(tail_);
     double cycles = tiles * (double(steps_) * step + double(tail_steps_) * 20 + 70) +
                     pack * double(kMatrixSide) * blocks;
-    if (!by_rows_) cycles += tiles * double(kMatrixTile) * 3 / double(p_.samples);
+    if (!single_) cycles += tiles * double(kMatrixTile) * 3 / double(p_.samples);
     const double products =
         double(p_.rows * p_.columns * taps) * double(p_.out_height * p_.out_width);
     return cycles < products / (is_unrolled(left) ? 13 : 26);
@@ -203,7 +204,7 @@ class MatrixOuter {
     }
     const int64_t positions = (p_.out_height - 1) * pitch_ + p_.out_width;
     const int64_t rest = positions % kMatrixDepth;
-    if (by_rows_ && terms_ > 1 && rest > 0 && rest <= kMatrixSide) tail_ = rest;
+    if (single_ && terms_ > 1 && rest > 0 && rest <= kMatrixSide) tail_ = rest;
     steps_ = ceil_div(positions - tail_, kMatrixDepth);
     if (tail_ > 0) tail_steps_ = tail_steps(tail_);
   }
@@ -220,8 +221,9 @@ class MatrixOuter {
     return taps_.size() > 1 && channels <= kUnrolledChannels;
   }
 
-  int64_t left_channels() const { return by_rows_ ? p_.rows : p_.columns; }
-  int64_t right_blocks() const { return ceil_div(by_rows_ ? p_.columns : p_.rows, kMatrixSide); }
+  int64_t left_channels() const { return gradient_left_ ? p_.rows : p_.columns; }
+  int64_t right_channels() const { return gradient_left_ ? p_.columns : p_.rows; }
+  int64_t right_blocks() const { return ceil_div(right_channels(), kMatrixSide); }
 
   // Elements of one channel: whole cache lines, an odd number of them, so that the rows of a tile
   // lie in different sets of the cache.
@@ -231,9 +233,10 @@ class MatrixOuter {
 
   void plan_segments() {
     const int64_t right_step = right_blocks() * terms_ * kMatrixSide * kLine;
-    const int64_t left_step = (by_rows_ ? std::min(kRowBlocks, ceil_div(p_.rows, kMatrixSide))
-                                        : int64_t(phases_.size())) *
-                              terms_ * kMatrixSide * kLine;
+    const int64_t left_step =
+        (single_ ? std::min(kRowBlocks, ceil_div(left_channels(), kMatrixSide))
+                 : int64_t(phases_.size())) *
+        terms_ * kMatrixSide * kLine;
     int64_t most = std::min(kRightBytes / right_step, kLeftBytes / left_step);
     const int64_t sums = right_blocks() * ceil_div(left_channels(), kMatrixSide) *
                          int64_t(taps_.size()) * kMatrixTile * int64_t(sizeof(float));
@@ -249,17 +252,18 @@ class MatrixOuter {
     right_sample_ = right_blocks() * right_block_;
     block_ = 1;
     if (segments_ == 1) {
-      const int64_t left = (by_rows_ ? kRowBlocks : int64_t(phases_.size())) * kMatrixSide *
+      const int64_t left = (single_ ? kRowBlocks : int64_t(phases_.size())) * kMatrixSide *
                            (terms_ * left_row_ + tail_steps_ * kLine);
       block_ = std::min(kRightBytes / right_sample_, kLeftBytes / left);
       block_ = std::clamp<int64_t>(block_, 1, p_.samples);
+      block_ = ceil_div(p_.samples, ceil_div(p_.samples, block_));  // no short last one
     }
   }
 
   void plan_tasks() {
     const int64_t channels = left_channels();
     const int64_t blocks = ceil_div(channels, kMatrixSide);
-    if (by_rows_) {
+    if (single_) {
       const int64_t tasks = ceil_div(blocks, kRowBlocks);
       for (int64_t t = 0, block = 0; t < tasks; ++t) {
         const int64_t end = blocks * (t + 1) / tasks;
@@ -301,7 +305,7 @@ class MatrixOuter {
 
   // Bytes of a sample's packed left operand of one task.
   int64_t left_sample(const Task& task) const {
-    if (by_rows_) {
+    if (single_) {
       return round_up(task.channels, kMatrixSide) * (terms_ * left_row_ + tail_steps_ * kLine);
     }
     return task.unrolled ? terms_ * unrolled_rows_ * unrolled_row()
@@ -321,13 +325,13 @@ class MatrixOuter {
     // A tail may take up another chunk.
     const int64_t count =
         (segments_ - 1) * segment_steps_ * kMatrixDepth + packed_positions_ + kMatrixDepth;
-    if (by_rows_) return locate(gradient(), pitch_, count);
+    if (gradient_left_) return locate(gradient(), pitch_, count);
     return locate(input(phase), pitch_, count);
   }
 
   Positions locate_right() const {
     const int64_t count = (segments_ * segment_steps_ + 1) * kMatrixDepth;
-    if (by_rows_) return locate(input(phases_[0]), pitch_, count);
+    if (gradient_left_) return locate(input(phases_[0]), pitch_, count);
     return locate(gradient(), pitch_, count);
   }
 
@@ -339,7 +343,7 @@ class MatrixOuter {
     // With a single tap nothing outside of the output's positions is read.
     int64_t lines = ceil_div(p_.height - phase.line, p_.stride_h);
     int64_t columns = ceil_div(p_.width - phase.position, p_.stride_w);
-    if (by_rows_) {
+    if (single_) {
       lines = p_.out_height;
       columns = p_.out_width;
     }
@@ -371,12 +375,13 @@ class MatrixOuter {
   }
 
   void pack_right(char* to, int64_t n, int64_t block, int64_t segment) const {
-    const int64_t channels = by_rows_ ? p_.columns : p_.rows;
+    const int64_t channels = right_channels();
     const int64_t first = block * kMatrixSide;
     const int64_t chunks = segment_steps_ * kMatrixDepth / kMatrixChunk;
     const int64_t term = segment_steps_ * kMatrixSide * kLine;
-    const MatrixOperand x = operand(!by_rows_, n, first, std::min(kMatrixSide, channels - first),
-                                    right_positions_, phases_[0]);
+    const MatrixOperand x =
+        operand(!gradient_left_, n, first, std::min(kMatrixSide, channels - first),
+                right_positions_, phases_[0]);
     to += block * right_block_;
     k_.pack_right(to, term, x, segment * chunks, chunks, terms_);
     if (tail_ > 0 && segment == segments_ - 1) {
@@ -393,12 +398,12 @@ class MatrixOuter {
   void pack_left(char* to, char* scratch, const Task& task, int64_t n, int64_t segment) const {
     const int64_t first = segment * segment_steps_ * kMatrixDepth / kMatrixChunk;
     const int64_t chunks = packed_positions_ / kMatrixChunk;
-    if (by_rows_) {
+    if (single_) {
       const int64_t term = round_up(task.channels, kMatrixSide) * left_row_;
       for (const Source& source : task.sources) {
         const int64_t row = source.offset / left_row_;
-        const MatrixOperand g =
-            operand(true, n, task.first_channel + row, source.rows, left_positions_[0], phases_[0]);
+        const MatrixOperand g = operand(gradient_left_, n, task.first_channel + row, source.rows,
+                                        left_positions_[0], phases_[0]);
         k_.pack_left(to + source.offset, term, left_row_, g, first, chunks, terms_);
         if (tail_ > 0 && segment == segments_ - 1) {
           k_.pack_left_tail(to + terms_ * term + row * kLine, left_tail_step(task), g, tail_chunk(),
@@ -436,7 +441,7 @@ class MatrixOuter {
     alignas(64) float stack[kMatrixPair * kMatrixPair * kMatrixTile];
     MatrixTile tile{};
     tile.left_row = task.unrolled ? unrolled_row() : left_row_;
-    tile.left_term = tile.left_row * (by_rows_        ? round_up(task.channels, kMatrixSide)
+    tile.left_term = tile.left_row * (single_         ? round_up(task.channels, kMatrixSide)
                                       : task.unrolled ? unrolled_rows_
                                                       : kMatrixSide);
     tile.left_sample = left_sample(task);
@@ -481,12 +486,16 @@ class MatrixOuter {
 
   // By the time that the sums are done, what they are added to is near.
   void ask_for_out(const Task& task, int64_t s, int64_t b, const MatrixTile& tile) const {
-    const int64_t first = (task.first_source + s) * kMatrixSide;
-    const int64_t rows = std::min(tile.sources * kMatrixSide, p_.rows - first);
+    const int64_t left = (task.first_source + s) * kMatrixSide;
+    const int64_t right = b * kMatrixSide;
+    const int64_t row = gradient_left_ ? left : right;
+    const int64_t column = gradient_left_ ? right : left;
+    const int64_t count = kMatrixSide * (gradient_left_ ? tile.sources : tile.blocks);
+    const int64_t rows = std::min(count, p_.rows - row);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* const at = out_ + (first + r) * p_.out_stride[0] + b * kMatrixSide;
+      const float* const at = out_ + (row + r) * p_.out_stride[0] + column;
       __builtin_prefetch(at, 1);
-      if (tile.blocks > 1) __builtin_prefetch(at + kMatrixSide, 1);
+      __builtin_prefetch(at + kMatrixSide, 1);
     }
   }
 
@@ -494,11 +503,15 @@ class MatrixOuter {
                   const float* sums) const {
     for (int64_t i = 0; i < tile.sources; ++i) {
       for (int64_t j = 0; j < tile.blocks; ++j) {
-        const int64_t row = (task.first_source + s + i) * kMatrixSide;
-        const int64_t column = (b + j) * kMatrixSide;
-        k_.add_tile(out_ + row * p_.out_stride[0] + column, p_.out_stride[0],
-                    task.sources[s + i].rows, std::min(kMatrixSide, p_.columns - column),
-                    sums + j * tile.sum_block + i * kMatrixTile, alpha_);
+        const int64_t left = (task.first_source + s + i) * kMatrixSide;
+        const int64_t right = (b + j) * kMatrixSide;
+        const float* const from = sums + j * tile.sum_block + i * kMatrixTile;
+        const int64_t row = gradient_left_ ? left : right;
+        const int64_t column = gradient_left_ ? right : left;
+        const auto add = gradient_left_ ? k_.add_tile : k_.add_transposed_tile;
+        add(out_ + row * p_.out_stride[0] + column, p_.out_stride[0],
+            std::min(kMatrixSide, p_.rows - row), std::min(kMatrixSide, p_.columns - column), from,
+            alpha_);
       }
     }
   }
@@ -506,7 +519,7 @@ class MatrixOuter {
   // Tasks in parallel: they share the packed right operand.
   void run_by_tasks() {
     // The rows of out are runs, unless out is a view of something else.
-    const bool direct = by_rows_ && p_.out_stride[1] == 1;
+    const bool direct = single_ && p_.out_stride[1] == 1;
     const int64_t sum_count = direct ? 0 : sum_elements();
     const int64_t partial_count = segments_ > 1 ? sum_elements() : 0;
     const int64_t right_bytes = block_ * right_sample_;
@@ -600,9 +613,9 @@ class MatrixOuter {
 
   void scatter_tile(const float* sums, int64_t part, int64_t parts, const Task& task, int64_t s,
                     int64_t block) const {
-    const int64_t right = by_rows_ ? p_.columns : p_.rows;
+    const int64_t right = right_channels();
     const int64_t columns = std::min(kMatrixSide, right - block * kMatrixSide);
-    const int64_t column_stride = p_.out_stride[by_rows_ ? 1 : 0];
+    const int64_t column_stride = p_.out_stride[gradient_left_ ? 1 : 0];
     for (int64_t r = 0; r < task.sources[s].rows; ++r) {
       float* const to = out_ + row_offset(task, s, r) + block * kMatrixSide * column_stride;
       float value[kMatrixSide] = {};
@@ -615,7 +628,9 @@ class MatrixOuter {
   }
 
   int64_t row_offset(const Task& task, int64_t s, int64_t r) const {
-    if (by_rows_) return (task.first_channel + s * kMatrixSide + r) * p_.out_stride[0];
+    if (single_) {
+      return (task.first_channel + s * kMatrixSide + r) * p_.out_stride[gradient_left_ ? 0 : 1];
+    }
     const int64_t row = s * kMatrixSide + r;
     const int64_t tap = task.unrolled ? row / task.channels : s;
     const int64_t channel = task.first_channel + (task.unrolled ? row % task.channels : r);
@@ -631,7 +646,8 @@ class MatrixOuter {
   float* out_;
   const float alpha_;
   const int64_t terms_;
-  bool by_rows_;
+  // A single tap that reads no padding; the wider operand is then on the left.
+  bool single_, gradient_left_;
   std::vector<Phase> phases_;
   std::vector<Tap> taps_;
   std::vector<Task> tasks_;

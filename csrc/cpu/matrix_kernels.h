@@ -83,6 +83,9 @@ struct MatrixKernels {
   // out[r * out_row + c] += alpha * sums[r][c]
   void (*add_tile)(float* out, int64_t out_row, int64_t rows, int64_t columns, const float* sums,
                    float alpha);
+  // out[r * out_row + c] += alpha * sums[c][r]
+  void (*add_transposed_tile)(float* out, int64_t out_row, int64_t rows, int64_t columns,
+                              const float* sums, float alpha);
 };
 
 inline int64_t products_a_step(int64_t positions) {

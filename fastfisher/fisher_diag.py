@@ -23,7 +23,7 @@ from .random_stream import RandomStream
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .result import FisherDiag, FisherGroups
-from .rules import RULES
+from .rules import ROUNDING, RULES
 from .rules.fallback import sum_grad_powers
 from .rules.joint import CopyingView, Occurrence, add_jointly, add_through_derived
 from .sums import Sums
@@ -46,6 +46,7 @@ def fisher_diag(
     generator: torch.Generator | None = ...,
     reduction: str = ...,
     power: float = ...,
+    operands: str = ...,
     groups: None = ...,
     into: Mapping[str, Tensor] | None = ...,
     alpha: float = ...,
@@ -66,6 +67,7 @@ def fisher_diag(
     generator: torch.Generator | None = ...,
     reduction: str = ...,
     power: float = ...,
+    operands: str = ...,
     groups: Literal["target"] | GroupsOf,
     alpha: float = ...,
     parameters: Iterable[str] | None = ...,
@@ -84,6 +86,7 @@ def fisher_diag(
     generator: torch.Generator | None = None,
     reduction: str = "mean",
     power: float = 2,
+    operands: str = "float32",
     groups: Literal["target"] | GroupsOf | None = None,
     into: Mapping[str, Tensor] | None = None,
     alpha: float = 1.0,
@@ -139,6 +142,12 @@ def fisher_diag(
             (arXiv 2402.19308): exact by the same rules at the same price. With it, ``"mc"`` is
             the mean over the draws, and ``"exact"`` takes one backward pass for each class, for
             cross-entropy of a single position alone.
+        operands: ``"float32"``, or ``"bfloat16"`` to round what float32 linear layers and
+            convolutions read, and the gradients at what they wrote, to bfloat16 before they are
+            contracted, in float32 all the same. Three times as fast in these layers' kernels on
+            processors with a matrix unit (AMX), and no faster on others. Not exact: each factor
+            is off by up to 2^-9, so sums of squares by 1e-3 to 3e-3, in norm; an entry whose
+            terms cancel by more. ``.rules`` says where.
         groups: one Fisher for each group of samples, from the same passes: ``"target"`` is one for
             each class, a callable gives ``(input, target) -> [N]`` integers. The groups are those
             that occur. Every group has buffers of its own, of the size of the parameters, and adds
@@ -179,6 +188,8 @@ def fisher_diag(
     expand = functools.partial(
         objectives, kind, resolved, samples=samples, generator=generator, power=power
     )
+    if operands not in ("float32", "bfloat16"):
+        raise ValueError(f"operands: expected 'float32' or 'bfloat16', got {operands!r}")
     alpha = check_alpha(alpha)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -203,6 +214,7 @@ def fisher_diag(
         callable(loss),
         power,
         resolve_groups(groups),
+        rounds=operands == "bfloat16",
     )
     # Draws from torch's global generator are to move it on; the model's own are not.
     is_drawing = kind == "mc" and generator is None
@@ -390,6 +402,8 @@ class _Pass:
     custom_loss: bool
     power: int
     groups_of: GroupsOf | None
+    #: Whether operands are rounded to bfloat16.
+    rounds: bool = False
     #: By group; without groups there is one, 0.
     sums: dict[int, Sums] = field(default_factory=dict)
     formats: dict[str, torch.memory_format] = field(default_factory=dict)
@@ -510,7 +524,7 @@ class _Pass:
         shared: frozenset[tuple[str, tuple[str, ...], int]],
     ) -> Recorder:
         """What observes one forward pass."""
-        return Recorder(self.tracked, RULES, on_grad, self.buffers, shared)
+        return Recorder(self.tracked, RULES, on_grad, self.buffers, shared, self.rounds)
 
     # -- the probe ---------------------------------------------------------------------------
 
@@ -819,6 +833,11 @@ class _Batch:
 
     def _finished(self, name: str, function: str) -> None:
         self._done.add(name)
+        parameter = self.run.tracked[name]
+        # Weights, that is; biases and norms have no operands to round.
+        is_rounded = self.run.rounds and parameter.dtype == torch.float32 and parameter.dim() > 1
+        if is_rounded and not ROUNDING.isdisjoint(function.replace(",", "").split()):
+            function += ", operands in bfloat16"
         self.run.rules.setdefault(name, function)
 
     @torch.no_grad()

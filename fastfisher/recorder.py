@@ -300,6 +300,7 @@ class Recorder(TorchFunctionMode):
         constants: tensors that no sample has a part in: the model's buffers.
         shared: keys of calls whose output is not a sample's but common to all; where nothing else
             that requires grad enters them, they give derived tensors instead of sites.
+        rounds: whether operands of float32 products are rounded to bfloat16.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -307,6 +308,7 @@ class Recorder(TorchFunctionMode):
     on_grad: Callable[[Site, Tensor], None]
     constants: Sequence[Tensor] = ()
     shared: Set[tuple[str, tuple[str, ...], int]] = frozenset()
+    rounds: bool = False
     sites: list[Site] = field(default_factory=list)
     #: Parameters with a use that has no rule, and the function that used them.
     unruled: dict[str, str] = field(default_factory=dict)

@@ -18,4 +18,7 @@ RULES: dict[Function, Rule] = {
     **recurrent.RULES,
 }
 
-__all__ = ["RULES"]
+#: Names of the functions whose operands can be rounded.
+ROUNDING = frozenset(func.__name__ for func in (*linear.RULES, *conv.RULES))
+
+__all__ = ["ROUNDING", "RULES"]

@@ -87,3 +87,30 @@ def is_recast(x: Tensor) -> bool:
 def as_dtype(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in the dtype that ``like`` accumulates in."""
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def rounded(recorder: Recorder, x: Tensor) -> Tensor | None:
+    """``x`` in bfloat16 if ``recorder`` rounds operands and it is float32, else None."""
+    return x.detach().bfloat16() if recorder.rounds and x.dtype == torch.float32 else None
+
+
+def as_operands(
+    grad: Tensor, x: Tensor, out: Tensor, short: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``grad`` and ``x`` as a product that is added to ``out`` takes them.
+
+    Kernels read bfloat16 as it is and sum in float32. ``short`` is ``x`` rounded to it, if the
+    product is to be one of rounded operands.
+    """
+    if short is not None:
+        return grad.bfloat16(), short
+    if grad.dtype == x.dtype == torch.bfloat16 and out.dtype == torch.float32:
+        return grad, x
+    return as_dtype(grad, out), as_dtype(x, out)
+
+
+def as_factors(grad: Tensor, x: Tensor, short: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for what computes in the dtype of ``grad``, which rounding does not change."""
+    if short is not None:
+        return grad.bfloat16().to(grad.dtype), short.to(grad.dtype)
+    return grad, x.to(grad.dtype)

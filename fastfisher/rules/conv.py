@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, as_product_reads, bind, separate
+from .common import as_dtype, as_factors, as_operands, as_product_reads, bind, rounded, separate
 from .terms import Images
 
 
@@ -32,6 +32,8 @@ class ConvUse:
     groups: int
     #: What a transposed convolution adds at the far end; None for an ordinary one.
     output_padding: tuple[int, ...] | None = None
+    #: ``input`` rounded to bfloat16, where operands are to be.
+    short: Tensor | None = None
     sample_axes: Sequence[int] = (0,)
 
     def _split(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
@@ -44,8 +46,8 @@ class ConvUse:
     ) -> Iterator[tuple[int, Images]]:
         """What each tap along the depth (the only one, below three dimensions) contracts."""
         dims = len(self.stride)
-        g, x = self._split(grad, samples), self._split(self.input.detach(), samples)
-        g, x = g.to(dtype), x.to(dtype)
+        grad, given = as_factors(grad, self.input.detach(), self.short)
+        g, x = self._split(grad, samples).to(dtype), self._split(given, samples).to(dtype)
         if self.output_padding is not None:
             # Positions that only the far end's padding adds have an input of zero.
             more = [p // s for p, s in zip(self.output_padding, self.stride, strict=True)]
@@ -94,10 +96,11 @@ class ConvUse:
         if "weight" in outs and self._is_plain(grad, samples):
             # What nearly all calls are, without the detours of the others.
             out = outs["weight"]
+            g, x = as_operands(grad, self.input.detach(), out, self.short)
             ops.conv2d_sum_grad_squared_(
                 out,
-                as_dtype(grad, out),
-                as_dtype(self.input.detach(), out),
+                g,
+                x,
                 stride=self.stride,
                 padding=self.padding,
                 dilation=self.dilation,
@@ -119,8 +122,8 @@ class ConvUse:
         if slot == "bias":
             return self._channels(grad, samples)[part].sum(1)
         weight = grad.new_empty(self.views["weight"].shape)
-        grads = self._split(grad, samples)[part]
-        inputs = self._split(self.input.detach(), samples)[part].to(grad.dtype)
+        grad, given = as_factors(grad, self.input.detach(), self.short)
+        grads, inputs = self._split(grad, samples)[part], self._split(given, samples)[part]
         # Sample by sample: more at once is a grouped convolution, which is slower, or unfolds.
         return torch.stack(
             [
@@ -181,7 +184,9 @@ def _rule(dims: int, transposed: bool) -> Rule:
         else:
             padding = _each(bound["padding"], dims)
         more = _each(bound["output_padding"], dims) if transposed else None
-        use = ConvUse(views, x, stride, padding, dilation, bound["groups"], more)
+        use = ConvUse(
+            views, x, stride, padding, dilation, bound["groups"], more, rounded(recorder, x)
+        )
         bound["input"], bound["padding"] = x, padding
         arguments = [bound[name] for name in names]
         return recorder.record(func, use, inputs, lambda: func(*arguments), saved=[x])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..recorder import Function, Recorder, Rule, SampleAxis, View
-from .common import as_dtype, as_product_reads, bind, separate
+from .common import as_dtype, as_factors, as_operands, as_product_reads, bind, rounded, separate
 from .terms import Outer
 
 
@@ -23,6 +23,8 @@ class LinearUse:
     sample_axes: Sequence[int]
     input: Tensor
     transposed: bool = False
+    #: ``input`` rounded to bfloat16, where operands are to be.
+    short: Tensor | None = None
 
     def _positions(self, tensor: Tensor, samples: SampleAxis) -> Tensor:
         rows = samples.rows(tensor)
@@ -43,25 +45,28 @@ class LinearUse:
         g = self._positions(grad, samples)
         if "weight" in outs:
             out = outs["weight"].t() if self.transposed else outs["weight"]
-            x = as_dtype(self._positions(self.input.detach(), samples), out)
-            ops.linear_sum_grad_squared_(out, as_dtype(g, out), x, alpha=alpha, power=power)
+            x = self._positions(self.input.detach(), samples)
+            short = None if self.short is None else self._positions(self.short, samples)
+            operands = as_operands(g, x, out, short)
+            ops.linear_sum_grad_squared_(out, *operands, alpha=alpha, power=power)
         if "bias" in outs:
             bias = outs["bias"]
             ops.channel_sum_grad_squared_(None, bias, as_dtype(g, bias), alpha=alpha, power=power)
 
     def per_sample(self, slot: str, grad: Tensor, samples: SampleAxis, part: slice) -> Tensor:
-        g = self._positions(grad, samples)[part]
         if slot == "bias":
-            return g.sum(1)
-        x = self._positions(self.input.detach(), samples)[part]
-        weight = ops.linear_per_sample_grad(g, x.to(g.dtype))
+            return self._positions(grad, samples)[part].sum(1)
+        grad, x = as_factors(grad, self.input.detach(), self.short)
+        weight = ops.linear_per_sample_grad(
+            self._positions(grad, samples)[part], self._positions(x, samples)[part]
+        )
         return weight.transpose(1, 2) if self.transposed else weight
 
     def term(self, slot: str, grad: Tensor, samples: SampleAxis) -> Outer | None:
         if slot == "bias":
             return None
-        x = self._positions(self.input.detach().to(grad.dtype), samples)
-        return Outer(self._positions(grad, samples), x, self.transposed)
+        grad, x = as_factors(grad, self.input.detach(), self.short)
+        return Outer(self._positions(grad, samples), self._positions(x, samples), self.transposed)
 
 
 def _record(
@@ -81,7 +86,7 @@ def _record(
         return NotImplemented
     views, inputs = separated
     x = as_product_reads(x)
-    use = LinearUse(views, range(x.dim() - 1), x, transposed)
+    use = LinearUse(views, range(x.dim() - 1), x, transposed, rounded(recorder, x))
     w, b = bound["weight"], bound.get("bias")
 
     def compute() -> Tensor:

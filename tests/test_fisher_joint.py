@@ -154,6 +154,61 @@ def test_embedding_tied_to_the_output_layer(
     assert result.rules["embedding.weight"].endswith(f"{uses} uses")
 
 
+class SoftTokens(nn.Module):
+    """The table is read by token, and by weights that their own backward pass reads last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(1, 9)
+        self.embedding = nn.Embedding(9, 6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = self.mix(tokens.unsqueeze(-1).to(self.mix.weight.dtype)).softmax(-1)
+        x = self.embedding(tokens) + F.linear(weights, self.embedding.weight.t())
+        return self.out(torch.tanh(x).sum(1))
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_tied_table_whose_rows_an_activation_weighs(samples: int, no_chunks: None) -> None:
+    assert_exact(SoftTokens(), torch.randint(0, 5, (samples, 7)), labels(samples))
+
+
+class WithAnother(nn.Module):
+    """What is added to the logits shares their gradient, and asks for it last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language = LanguageModel(9, None, 2)
+        self.another = nn.Linear(1, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        other = self.another(tokens.unsqueeze(-1).to(self.another.weight.dtype))
+        return self.language(tokens) + other
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_gradient_of_a_tied_layer_that_another_layer_shares(samples: int) -> None:
+    assert_exact(
+        WithAnother(),
+        torch.randint(0, 5, (samples, 7)),
+        torch.randint(0, 9, (samples, 7)),
+        loss=token_loss,
+        reference_loss=token_loss,
+    )
+
+
+def total(output: Tensor, target: Tensor) -> Tensor:
+    return output.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_gradient_of_a_tied_layer_that_is_one_number(samples: int) -> None:
+    tokens = torch.randint(0, 5, (samples, 7))
+    model = LanguageModel(9, None, 2)
+    assert_exact(model, tokens, labels(samples), loss=total, reference_loss=total)
+
+
 class TwoTables(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -18,8 +18,8 @@ from .. import ops
 from ..recorder import Derived, SampleAxis, Use, View
 from .terms import Gather, Images, Outer, Term
 
-# Per-sample gradients, or copies of a gradient, of this many elements are formed at once, at most
-# (or of one sample, where that is more).
+# Per-sample gradients of this many elements are formed at once, at most (or of one sample, where
+# that is more).
 _ELEMENTS = 1 << 24
 
 
@@ -84,10 +84,10 @@ def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float, power: int) 
     images = [term for _, term in terms if isinstance(term, Images)]
     # Rows of a table give the orientation, if there are any.
     out = next((view for view, term in terms if isinstance(term, Gather)), terms[0][0])
-    outers = []
+    outers, is_flipped = [], False
     for view, term in terms:
         if isinstance(term, Outer) and not _same(view, out):
-            view, term = view.t(), term.flipped()
+            view, term, is_flipped = view.t(), term.flipped(), True
         if not _same(view, out):
             return False
         if isinstance(term, Outer):
@@ -101,33 +101,53 @@ def _add_joined(terms: Sequence[tuple[Tensor, Term]], alpha: float, power: int) 
     elif not outers:
         gathers[0].joined(gathers[1:]).add_powers_(out, alpha, power)
     else:
-        _add_tied(out, outers[0].joined(outers[1:]), gathers[0].joined(gathers[1:]), alpha, power)
+        outer, gather = outers[0].joined(outers[1:]), gathers[0].joined(gathers[1:])
+        _add_tied(out, outer, gather, alpha, power, is_owned=not is_flipped)
     return True
 
 
-def _add_tied(out: Tensor, outer: Outer, gather: Gather, alpha: float, power: int) -> None:
+def _add_tied(
+    out: Tensor, outer: Outer, gather: Gather, alpha: float, power: int, *, is_owned: bool
+) -> None:
     """An embedding tied to an output layer, without anything of the size of N tables.
 
     A sample's gradient is the output layer's, except in the rows of its own tokens, where the
     embedding's is added. So those rows are left out of the output layer's squares, and theirs are
     formed row by row.
+
+    ``is_owned`` says that ``outer.grad`` is a gradient, which nobody reads meanwhile: then zeros
+    stand in those rows while the others are squared, in place of a copy.
     """
-    samples, positions, rows = outer.grad.shape
-    tokens = gather.index.shape[1]
-    each = max(positions * rows, tokens * max(positions, tokens, out.shape[1]))
-    step = max(1, _ELEMENTS // max(1, each))
-    for start in range(0, samples, step):
+    positions, tokens = outer.grad.shape[1], gather.index.shape[1]
+    grad = outer.grad
+    if not (is_owned and _is_dense(grad)):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    step = max(1, _ELEMENTS // max(1, tokens * max(positions, tokens, out.shape[1])))
+    for start in range(0, len(grad), step):
         part = slice(start, start + step)
-        g, x = outer.grad[part], outer.input[part]
+        g, x = grad[part], outer.input[part]
         index, direct = gather.index[part], gather.grad[part]
         # Equal tokens of a sample are one row, kept where the token comes first.
         equal = index.unsqueeze(2) == index.unsqueeze(1)
         first = ~equal.tril(-1).any(2)
-        touched = g.gather(2, index.unsqueeze(1).expand(-1, positions, -1))
+        columns = index.unsqueeze(1).expand(-1, positions, -1)
+        touched = g.gather(2, columns)
         gradients = touched.transpose(1, 2) @ x + equal.to(direct.dtype) @ direct
-        rest = g.scatter(2, index.unsqueeze(1).expand(-1, positions, -1), 0)
-        Outer(rest, x).add_powers_(out, alpha, power)
+        g.scatter_(2, columns, 0)
+        Outer(g, x).add_powers_(out, alpha, power)
+        g.scatter_(2, columns, touched)
         out.index_add_(0, index[first], ops.powers_(gradients[first], power), alpha=alpha)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the entries fill their memory, each at a place of its own."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
 
 
 def _add_in_chunks(

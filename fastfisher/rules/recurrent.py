@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import ops
-from ..recorder import Function, Recorder, Rule
+from ..recorder import Function, Recorder, Rule, View
 from .common import bind, parameter_views, plain
 from .linear import LinearUse
 
@@ -30,7 +30,7 @@ class _Direction:
 
     #: ``[G, P]``, for the hidden state.
     weight: Tensor
-    #: ``[G]``, of that product.
+    #: ``[G]``, of that product, or of both.
     bias: Tensor | None
     #: ``[P, H]``, for the hidden state of an LSTM with projections.
     projection: Tensor | None
@@ -63,6 +63,10 @@ class _Grads:
 
 class _Kind(Protocol):
     """What happens in the steps."""
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether only the sum of the input's product and the hidden state's counts."""
 
     def forward(
         self, way: _Direction, gates: Tensor, hidden: Tensor, initial: Sequence[Tensor]
@@ -107,6 +111,8 @@ def _started(grad: Tensor | None, steps: Tensor, width: int) -> Tensor:
 
 
 class _Lstm:
+    sums_products = True
+
     def forward(
         self, way: _Direction, gates: Tensor, hidden: Tensor, initial: Sequence[Tensor]
     ) -> tuple[list[Tensor], tuple[Tensor, ...], Tensor | None]:
@@ -151,6 +157,8 @@ class _Lstm:
 
 
 class _Gru:
+    sums_products = False
+
     def forward(
         self, way: _Direction, gates: Tensor, hidden: Tensor, initial: Sequence[Tensor]
     ) -> tuple[list[Tensor], tuple[Tensor, ...], Tensor | None]:
@@ -190,6 +198,7 @@ class _Rnn:
     activate: Callable[..., Any]
     #: ``(grad, activated, *, grad_input)``
     activate_backward: Callable[..., Any]
+    sums_products: bool = True
 
     def forward(
         self, way: _Direction, gates: Tensor, hidden: Tensor, initial: Sequence[Tensor]
@@ -281,21 +290,19 @@ def _with_rows(grad: Tensor | None) -> Tensor | None:
 # -- the rule of a fused function ------------------------------------------------------------
 
 
-def _product(
-    recorder: Recorder,
-    func: Function,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    like: Tensor,
-    width: int,
+def _views(recorder: Recorder, weight: Tensor | None, bias: Tensor | None) -> dict[str, View]:
+    slots = {"weight": weight, "bias": bias}
+    return parameter_views(recorder, slots, tuple(slots)) or {}
+
+
+def _awaited(
+    recorder: Recorder, func: Function, views: dict[str, View], like: Tensor, width: int
 ) -> tuple[LinearUse | None, Tensor | None]:
     """The use of a weight within the steps, and where the gradient ``[T, N, width]`` arrives."""
-    views = parameter_views(recorder, {"weight": weight, "bias": bias}, ("weight", "bias"))
     if not views:
         return None, None
-    use, zero = LinearUse(views, range(2), like), like.new_zeros(())
-    shape = (*like.shape[:2], width)
-    return use, recorder.record(func, use, [], lambda: zero.expand(shape), saved=[])
+    use, zero, shape = LinearUse(views, range(2), like), like.new_zeros(()), like.shape[:2]
+    return use, recorder.record(func, use, [], lambda: zero.expand(*shape, width), saved=[])
 
 
 def _layer(
@@ -312,17 +319,31 @@ def _layer(
     weight_x, weight_h, *rest = parameters
     bias_x, bias_h = (rest[0], rest[1]) if has_biases else (None, None)
     projection = rest[-1] if len(rest) % 2 == 1 else None
-    with recorder:
-        gates = F.linear(x, weight_x, bias_x)
-    hidden, product = _product(recorder, func, weight_h, bias_h, gates, gates.shape[2])
-    outer, projected = _product(recorder, func, projection, None, gates, initial[0].shape[-1])
-    weight, bias, p = (plain(recorder, value) for value in (weight_h, bias_h, projection))
-    way = _Direction(weight, bias, p, backward)
+    w_x, b_x, w_h, b_h, w_p = (
+        plain(recorder, value) for value in (weight_x, bias_x, weight_h, bias_h, projection)
+    )
+    if has_biases and kind.sums_products:
+        # The steps add it as they go; the product would take a pass of its own to.
+        b_x, b_h = None, b_x + b_h
+
+    def compute() -> Tensor:
+        return F.linear(x, w_x, b_x)
+
+    views = _views(recorder, weight_x, bias_x)
+    use = LinearUse(views, range(2), x)
+    gates = recorder.record(F.linear, use, [x], compute, saved=[x]) if views else compute()
+    hidden, product = _awaited(
+        recorder, func, _views(recorder, weight_h, bias_h), gates, gates.shape[2]
+    )
+    outer, projected = _awaited(
+        recorder, func, _views(recorder, projection, None), gates, initial[0].shape[-1]
+    )
     reads: list[Tensor] = []
+    way = _Direction(w_h, b_h, w_p, backward)
     results = _Sequence.apply(recorder, kind, way, reads, gates, product, projected, *initial)
-    for use, read in zip((hidden, outer), reads, strict=True):
-        if use is not None:
-            use.input = read
+    for each, read in zip((hidden, outer), reads, strict=True):
+        if each is not None:
+            each.input = read
     return results
 
 

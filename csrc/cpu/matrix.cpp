@@ -39,6 +39,10 @@ constexpr int64_t kParts = 16;
 // tile would be empty otherwise.
 constexpr int64_t kUnrolledChannels = 8;
 constexpr int64_t kRowBlocks = 4;
+// Chunks that are packed of one block of channels before the next one's, an even number; and blocks
+// that a thread packs.
+constexpr int64_t kChunksAtOnce = 2;
+constexpr int64_t kBlocksAtOnce = 8;
 constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr int64_t kElement = 2;  // bytes of a bfloat16
 
@@ -374,19 +378,28 @@ class MatrixOuter {
             positions.first_piece.data()};
   }
 
-  void pack_right(char* to, int64_t n, int64_t block, int64_t segment) const {
-    const int64_t channels = right_channels();
-    const int64_t first = block * kMatrixSide;
+  // Blocks [from, to) of a sample, position by position: they share the pages that those lie in.
+  void pack_right(char* sample, int64_t n, int64_t from, int64_t to, int64_t segment) const {
     const int64_t chunks = segment_steps_ * kMatrixDepth / kMatrixChunk;
     const int64_t term = segment_steps_ * kMatrixSide * kLine;
-    const MatrixOperand x =
-        operand(!gradient_left_, n, first, std::min(kMatrixSide, channels - first),
-                right_positions_, phases_[0]);
-    to += block * right_block_;
-    k_.pack_right(to, term, x, segment * chunks, chunks, terms_);
-    if (tail_ > 0 && segment == segments_ - 1) {
-      k_.pack_right_tail(to + terms_ * term, x, tail_chunk(), tail_);
+    for (int64_t chunk = 0; chunk < chunks; chunk += kChunksAtOnce) {
+      const int64_t count = std::min(kChunksAtOnce, chunks - chunk);
+      for (int64_t block = from; block < to; ++block) {
+        char* const at = sample + block * right_block_ + chunk * kMatrixChunk / 2 * kLine;
+        k_.pack_right(at, term, right_operand(n, block), segment * chunks + chunk, count, terms_);
+      }
     }
+    if (tail_ == 0 || segment != segments_ - 1) return;
+    for (int64_t block = from; block < to; ++block) {
+      char* const at = sample + block * right_block_ + terms_ * term;
+      k_.pack_right_tail(at, right_operand(n, block), tail_chunk(), tail_);
+    }
+  }
+
+  MatrixOperand right_operand(int64_t n, int64_t block) const {
+    const int64_t first = block * kMatrixSide;
+    return operand(!gradient_left_, n, first, std::min(kMatrixSide, right_channels() - first),
+                   right_positions_, phases_[0]);
   }
 
   int64_t tail_chunk() const { return steps_ * kMatrixDepth / kMatrixChunk; }
@@ -400,15 +413,22 @@ class MatrixOuter {
     const int64_t chunks = packed_positions_ / kMatrixChunk;
     if (single_) {
       const int64_t term = round_up(task.channels, kMatrixSide) * left_row_;
-      for (const Source& source : task.sources) {
-        const int64_t row = source.offset / left_row_;
-        const MatrixOperand g = operand(gradient_left_, n, task.first_channel + row, source.rows,
-                                        left_positions_[0], phases_[0]);
-        k_.pack_left(to + source.offset, term, left_row_, g, first, chunks, terms_);
-        if (tail_ > 0 && segment == segments_ - 1) {
-          k_.pack_left_tail(to + terms_ * term + row * kLine, left_tail_step(task), g, tail_chunk(),
-                            tail_);
+      const auto rows = [&](const Source& source) { return source.offset / left_row_; };
+      const auto left_operand = [&](const Source& source) {
+        return operand(gradient_left_, n, task.first_channel + rows(source), source.rows,
+                       left_positions_[0], phases_[0]);
+      };
+      for (int64_t chunk = 0; chunk < chunks; chunk += kChunksAtOnce) {
+        const int64_t count = std::min(kChunksAtOnce, chunks - chunk);
+        for (const Source& source : task.sources) {
+          k_.pack_left(to + source.offset + chunk * kMatrixChunk * kElement, term, left_row_,
+                       left_operand(source), first + chunk, count, terms_);
         }
+      }
+      if (tail_ == 0 || segment != segments_ - 1) return;
+      for (const Source& source : task.sources) {
+        k_.pack_left_tail(to + terms_ * term + rows(source) * kLine, left_tail_step(task),
+                          left_operand(source), tail_chunk(), tail_);
       }
       return;
     }
@@ -531,10 +551,12 @@ class MatrixOuter {
     for (int64_t begin = 0; begin < p_.samples; begin += block_) {
       const int64_t count = std::min(block_, p_.samples - begin);
       for (int64_t segment = 0; segment < segments_; ++segment) {
-        const int64_t blocks = right_blocks();
-        torch::stable::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
+        const int64_t pieces = ceil_div(right_blocks(), kBlocksAtOnce);
+        torch::stable::parallel_for(0, count * pieces, 1, [&](int64_t from, int64_t to) {
           for (int64_t i = from; i < to; ++i) {
-            pack_right(right + i / blocks * right_sample_, begin + i / blocks, i % blocks, segment);
+            const int64_t n = i / pieces, first = i % pieces * kBlocksAtOnce;
+            pack_right(right + n * right_sample_, begin + n, first,
+                       std::min(right_blocks(), first + kBlocksAtOnce), segment);
           }
         });
         torch::stable::parallel_for(0, int64_t(tasks_.size()), 1, [&](int64_t from, int64_t to) {
@@ -570,9 +592,8 @@ class MatrixOuter {
         for (int64_t begin = p_.samples * part / parts; begin < end; begin += block_) {
           const int64_t block = std::min(block_, end - begin);
           for (int64_t segment = 0; segment < segments_; ++segment) {
-            for (int64_t i = 0; i < block * right_blocks(); ++i) {
-              const int64_t n = i / right_blocks();
-              pack_right(right + n * right_sample_, begin + n, i % right_blocks(), segment);
+            for (int64_t n = 0; n < block; ++n) {
+              pack_right(right + n * right_sample_, begin + n, 0, right_blocks(), segment);
             }
             for (const Task& task : tasks_) {
               run_task(task, left, right, begin, block, segment, own, partial);

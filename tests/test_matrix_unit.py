@@ -72,6 +72,17 @@ def test_samples_blocks_and_segments(shape: tuple[int, int, int, int]) -> None:
     assert error(out, 1 + exact(grad, x) / 2) < TOLERANCE
 
 
+# Outputs too large for sums of their own, with the wider operand on either side.
+@pytest.mark.parametrize("channels", [(130, 200), (200, 130), (131, 253)])
+@pytest.mark.parametrize("positions", [40, 65, 4000])
+def test_sums_go_straight_to_large_outputs(positions: int, channels: tuple[int, int]) -> None:
+    outputs, inputs = channels
+    grad, x = torch.randn(3, positions, outputs), torch.randn(3, positions, inputs)
+    out = torch.ones(outputs, inputs)
+    sums(grad, x, out, alpha=0.5)
+    assert error(out, 1 + exact(grad, x) / 2) < TOLERANCE
+
+
 CONVOLUTIONS = {
     "3x3": (3, 20, 9, 7, 18, 3, 3, 1, 1, 1),
     "3x3 no padding": (2, 16, 10, 12, 16, 3, 3, 1, 0, 1),

@@ -75,15 +75,14 @@ def zero_top(
     record: bool = False,
 ) -> None:
     """What fisher_mask_ does between its checks and the building of the mask."""
-    found = topr.select_top(scores, [k], remain=remain)
-    key, selected = int(found.keys[0]), found.selected[0]
-    topr.zero_selected_(parameters, scores, key, selected, remain=remain, record=record)
+    [chosen] = topr.select_top(scores, [k], remain=remain).rows()
+    topr.zero_selected_(parameters, scores, chosen, remain=remain, record=record)
 
 
 def zero_top_plain(parameters: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> None:
     """The same by the operators' plain-torch kernels: a loop over the tensors."""
-    keys, selected, _ = topr._select_top_default(scores, [], 1.0, [k])
-    topr._zero_selected_default(parameters, scores, [], 1.0, int(keys[0]), selected[0], False)
+    [chosen] = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k])).rows()
+    topr._zero_selected_default(parameters, scores, [], 1.0, *chosen, False)
 
 
 def topk_scatter(parameter: Tensor, score: Tensor, k: int) -> None:

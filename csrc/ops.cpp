@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
+#include "direct.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastfisher, CPU, m) {
   m.impl("linear_sum_grad_squared_", TORCH_BOX(&fastfisher::cpu::linear_sum_grad_squared_));
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_always_matrix_unit", &fastfisher::cpu::set_always_matrix_unit, pybind11::arg("always"),
       "Whether a matrix unit takes also what it is slower at; for tests, whose shapes are small.");
+  fastfisher::define_direct(m);
 }

@@ -158,10 +158,8 @@ def plan_masks(
         found = topr.select_top(scores, counts, remain=others, weight=weight)
         not_finite |= {n for n, ok in zip(group, found.finite.tolist(), strict=True) if not ok}
         members = {name: parameters[name] for name in group}
-        for plan, k, key, selected in zip(
-            plans, counts, found.keys.tolist(), found.selected, strict=True
-        ):
-            plan.groups.append(_Group(members, scores, others, weight, k, key, selected))
+        for plan, k, chosen in zip(plans, counts, found.rows(), strict=True):
+            plan.groups.append(_Group(members, scores, others, weight, k, chosen))
     for name in names:
         if name in not_finite:
             raise ValueError(f"the score of parameter {name!r} is NaN or infinite")
@@ -197,7 +195,7 @@ class MaskPlan:
             zeroed |= group.zero_(self.granularity)
         # Adding 0.0 makes -0.0, which ranks as +0.0, read as 0.0.
         thresholds = [
-            topr.value_of(group.key, group.scores) + 0.0 for group in self.groups if group.k
+            topr.value_of(group.chosen.key, group.scores) + 0.0 for group in self.groups if group.k
         ]
         return Mask(
             self.ratio,
@@ -219,8 +217,7 @@ class _Group:
         remain: nothing, or what to subtract from each of ``scores``, times ``weight``.
         weight: of ``remain``.
         k: units selected of all of them.
-        key: of the last unit selected; see :class:`topr.Selection`.
-        selected: in each chunk of the scores; see :class:`topr.Selection`.
+        chosen: which they are.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -228,15 +225,14 @@ class _Group:
     remain: list[Tensor]
     weight: float
     k: int
-    key: int
-    selected: Tensor
+    chosen: topr.Chosen
 
     @torch.no_grad()
     def zero_(self, granularity: Granularity) -> dict[str, _Zeroed]:
         """Zero what is selected, and return what it was."""
         parameters = list(self.parameters.values())
         if granularity == "kernel":
-            zeroed = _record(self.parameters, _masks(self.scores, self.key, self.selected))
+            zeroed = _record(self.parameters, _masks(self.scores, self.chosen))
             for parameter, part in zip(parameters, zeroed.values(), strict=True):
                 if part.values.numel():
                     parameter.masked_fill_(part.mask().to(parameter.device), 0)
@@ -244,8 +240,7 @@ class _Group:
         records = topr.zero_selected_(
             parameters,
             self.scores,
-            self.key,
-            self.selected,
+            self.chosen,
             remain=self.remain,
             weight=self.weight,
             record=True,
@@ -321,14 +316,14 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         TypeError: a score is not of a floating-point dtype.
         ValueError: ``k`` is out of range.
     """
-    found = topr.select_top(scores, [k])
-    return _masks(scores, int(found.keys[0]), found.selected[0])
+    [chosen] = topr.select_top(scores, [k]).rows()
+    return _masks(scores, chosen)
 
 
-def _masks(scores: Sequence[Tensor], key: int, selected: Tensor) -> list[Tensor]:
+def _masks(scores: Sequence[Tensor], chosen: topr.Chosen) -> list[Tensor]:
     """A selection as one contiguous bool tensor per score, of its shape and on its device."""
     masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    topr.zero_selected_(masks, scores, key, selected)
+    topr.zero_selected_(masks, scores, chosen)
     return [mask.logical_not_() for mask in masks]
 
 

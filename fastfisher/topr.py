@@ -2,7 +2,9 @@
 
 ``select_top`` finds the largest scores of many tensors together, ``zero_selected_`` zeroes what
 they score. As with the operators of :mod:`fastfisher.ops`, the default kernels serve any device,
-the compiled ones take over on the CPU, and none is differentiable.
+the compiled ones take over on the CPU, and none is differentiable. Where nothing has to see the
+operators, the compiled kernels are called without torch's dispatcher, which takes longer to be
+handed many small tensors than the work itself.
 
 Order: larger first; equal scores by position, the earlier tensor and then the lower row-major index
 first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ranks below all else.
@@ -11,30 +13,44 @@ first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from . import ops
+
 CHUNK = 1 << 13
 """Selected scores are counted in chunks of this many consecutive elements of a tensor."""
 
+GROUP = 16
+"""Candidates are noted in groups of this many consecutive elements of a chunk."""
+
 _DIGIT_BITS = 16
 _ALIGNMENT = 16
+_WORD = 64 * GROUP
 
 _library = torch.library.Library("fastfisher", "FRAGMENT")
 _library.define(
     "select_top(Tensor[] scores, Tensor[] remain, float weight, int[] counts) -> "
-    "(Tensor keys, Tensor selected, Tensor finite)"
+    "(Tensor keys, Tensor selected, Tensor finite, Tensor candidates)"
 )
 _library.define(
     "zero_selected_(Tensor(a!)[] parameters, Tensor[] scores, Tensor[] remain, float weight, "
-    "int key, Tensor selected, bool record) -> (Tensor record, Tensor layout)"
+    "int key, Tensor selected, Tensor candidates, bool record) -> (Tensor record, Tensor layout)"
 )
 
 
+class Chosen(NamedTuple):
+    """What one count selects: a row of a :class:`Selection`."""
+
+    key: int
+    selected: Tensor
+    candidates: Tensor
+
+
 class Selection(NamedTuple):
-    """What :func:`select_top` selects, for each of its ``counts`` (axis 0 of the first two).
+    """What :func:`select_top` selects, for each of its ``counts`` (axis 0 of all but ``finite``).
 
     Attributes:
         keys: int64 ``[counts]``, the k-th largest score as an ordered integer, which
@@ -43,11 +59,20 @@ class Selection(NamedTuple):
             those above the key, then those equal to it, in index order. A tensor's last chunk may
             be shorter than :data:`CHUNK`.
         finite: bool ``[tensors]``, whether no score of a tensor is NaN or infinite.
+        candidates: int64 ``[counts, words]``, one bit for each :data:`GROUP` elements of a tensor,
+            the lowest bit first and each tensor in words of its own: no element is selected where
+            the bit is 0. These groups are not read again.
     """
 
     keys: Tensor
     selected: Tensor
     finite: Tensor
+    candidates: Tensor
+
+    def rows(self) -> list[Chosen]:
+        """What each count selects."""
+        rows = zip(self.keys.tolist(), self.selected, self.candidates, strict=True)
+        return [Chosen(*row) for row in rows]
 
 
 class Zeroed(NamedTuple):
@@ -92,6 +117,9 @@ def select_top(
         ValueError: a count is out of range.
         RuntimeError: ``remain`` does not match.
     """
+    direct = _direct("select_top", list(scores), list(remain), weight, list(counts))
+    if direct is not None:
+        return Selection(*direct)
     _check_dtypes(scores)
     total = sum(map(Tensor.numel, scores))
     for k in counts:
@@ -105,8 +133,7 @@ def select_top(
 def zero_selected_(
     parameters: Sequence[Tensor],
     scores: Sequence[Tensor],
-    key: int,
-    selected: Tensor,
+    chosen: Chosen,
     *,
     remain: Sequence[Tensor] = (),
     weight: float = 1.0,
@@ -118,8 +145,7 @@ def zero_selected_(
         parameters: tensors of the shapes of ``scores``, of any strides and dtype, that share no
             memory; the elements that are not selected keep their bits.
         scores: what :func:`select_top` was given.
-        key: one of :attr:`Selection.keys`.
-        selected: the row of :attr:`Selection.selected` that belongs to it.
+        chosen: one of :meth:`Selection.rows`.
         remain: what :func:`select_top` was given.
         weight: what :func:`select_top` was given.
         record: return what was zeroed.
@@ -129,16 +155,19 @@ def zero_selected_(
 
     Raises:
         TypeError: a score is not of a floating-point dtype.
-        RuntimeError: the numbers, shapes or dtypes of the tensors do not match, or key and selected
-            are not those of these scores. In the last case parameters may have been modified.
+        RuntimeError: the numbers, shapes or dtypes of the tensors do not match, or ``chosen`` is
+            not of these scores. In the last case parameters may have been modified.
     """
-    _check_dtypes(scores)
-    if not scores:
-        return []
-    with torch.no_grad():
-        data, layout = torch.ops.fastfisher.zero_selected_.default(
-            list(parameters), list(scores), list(remain), weight, key, selected, record
-        )
+    arguments = (list(parameters), list(scores), list(remain), weight, *chosen)
+    direct = _direct("zero_selected_", *arguments, record)
+    if direct is not None:
+        data, layout = direct
+    else:
+        _check_dtypes(scores)
+        if not scores:
+            return []
+        with torch.no_grad():
+            data, layout = torch.ops.fastfisher.zero_selected_.default(*arguments, record)
     changed = layout[:, 0].nonzero()[:, 0].tolist()
     torch.autograd.graph.increment_version([parameters[i] for i in changed])
     if not record:
@@ -164,6 +193,18 @@ def pack_bits(flat: Tensor) -> Tensor:
 def index_dtype(elements: int) -> torch.dtype:
     """The narrowest dtype for indices of that many elements."""
     return torch.int32 if elements <= 2**31 else torch.int64
+
+
+def _direct(name: str, *arguments: object) -> tuple[Tensor, ...] | None:
+    """Call a compiled operator, unless its call has to be seen or it cannot judge its arguments."""
+    if (
+        not hasattr(ops._C, name)
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return None
+    return cast("tuple[Tensor, ...] | None", getattr(ops._C, name)(*arguments))
 
 
 def _check_dtypes(scores: Sequence[Tensor]) -> None:
@@ -266,9 +307,13 @@ def _chunks(score: Tensor) -> int:
     return -(-score.numel() // CHUNK)
 
 
+def _words(scores: Sequence[Tensor]) -> int:
+    return sum(-(-score.numel() // _WORD) for score in scores)
+
+
 def _select_top_default(
     scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = _scores("select_top", scores, remain, weight)
     dtype = _common_dtype(scores)
     keys = torch.full((len(counts),), _infinity(dtype) + 1, dtype=torch.int64)
@@ -283,7 +328,9 @@ def _select_top_default(
         left = (ties - (tied.cumsum(0) - tied)).clamp_(min=0)
         keys[j], selected[j] = key, above + tied.minimum(left)
     finite = torch.tensor([bool(score.isfinite().all()) for score in scores], dtype=torch.bool)
-    return keys, selected, finite
+    # A superset of the groups will do, and nothing is gained here by a smaller one.
+    candidates = torch.full((len(counts), _words(scores)), -1)
+    return keys, selected, finite, candidates
 
 
 def _zero_selected_default(
@@ -293,6 +340,7 @@ def _zero_selected_default(
     weight: float,
     key: int,
     selected: Tensor,
+    candidates: Tensor,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "zero_selected_"
@@ -340,11 +388,12 @@ def _zero_selected_default(
 
 def _select_top_fake(
     scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty(len(counts), dtype=torch.int64),
         torch.empty(len(counts), sum(map(_chunks, scores)), dtype=torch.int64),
         torch.empty(len(scores), dtype=torch.bool),
+        torch.empty(len(counts), _words(scores), dtype=torch.int64),
     )
 
 
@@ -355,6 +404,7 @@ def _zero_selected_fake(
     weight: float,
     key: int,
     selected: Tensor,
+    candidates: Tensor,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size() if record else 0

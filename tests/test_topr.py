@@ -21,9 +21,14 @@ WEIGHT = 0.37
 compiled = pytest.mark.skipif(not ISAS, reason="no compiled module")
 
 
-@pytest.fixture(params=[*ISAS, "plain torch"])
+@pytest.fixture(params=[*ISAS, *["dispatcher"][: len(ISAS)], "plain torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set in turn, then what runs without the compiled module."""
+    """Each instruction set in turn, then torch's dispatcher, then no compiled module."""
+    if request.param in ("dispatcher", "plain torch"):
+        monkeypatch.setattr(topr, "_direct", lambda *_: None)
+    if request.param == "dispatcher":
+        yield request.param
+        return
     if request.param == "plain torch":
         for name in ("select_top", "zero_selected_"):
             plain = SimpleNamespace(default=getattr(topr, f"_{name.rstrip('_')}_default"))
@@ -89,21 +94,20 @@ def zero(
     remain: Sequence[Tensor] = (),
     record: bool = False,
 ) -> list[topr.Zeroed]:
-    found = topr.select_top(scores, [k], remain=remain, weight=WEIGHT)
-    key, selected = int(found.keys[0]), found.selected[0]
+    [chosen] = topr.select_top(scores, [k], remain=remain, weight=WEIGHT).rows()
     return topr.zero_selected_(
-        parameters, scores, key, selected, remain=remain, weight=WEIGHT, record=record
+        parameters, scores, chosen, remain=remain, weight=WEIGHT, record=record
     )
 
 
 def chosen_by(found: topr.Selection, scores: list[Tensor], remain: list[Tensor]) -> list[Tensor]:
     """The positions that each count selects, by zeroing ones."""
-    chosen = []
-    for key, selected in zip(found.keys.tolist(), found.selected, strict=True):
+    positions = []
+    for chosen in found.rows():
         ones = [torch.ones(s.shape, dtype=torch.uint8) for s in scores]
-        topr.zero_selected_(ones, scores, key, selected, remain=remain, weight=WEIGHT)
-        chosen.append((torch.cat([o.reshape(-1) for o in ones]) == 0).nonzero()[:, 0])
-    return chosen
+        topr.zero_selected_(ones, scores, chosen, remain=remain, weight=WEIGHT)
+        positions.append((torch.cat([o.reshape(-1) for o in ones]) == 0).nonzero()[:, 0])
+    return positions
 
 
 # The selection.
@@ -212,9 +216,8 @@ def test_same_bits_for_any_number_of_threads(kind: str, shapes: str) -> None:
             found = topr.select_top(scores, counts, remain=remain, weight=WEIGHT)
             parameters = [torch.arange(1.0, n + 1) for n in sizes]
             zeroed = topr.zero_selected_(
-                parameters, scores, int(found.keys[1]), found.selected[1],
-                remain=remain, weight=WEIGHT, record=True,
-            )  # fmt: skip
+                parameters, scores, found.rows()[1], remain=remain, weight=WEIGHT, record=True
+            )
             parts = [part for z in zeroed for part in (z.code, z.values, torch.tensor(z.runs))]
             results.append([*found, *chosen_by(found, scores, remain), *parameters, *parts])
     finally:
@@ -319,27 +322,25 @@ def test_opcheck_of_select_top(remain: list[Tensor], counts: list[int]) -> None:
 
 @pytest.mark.parametrize("record", [False, True])
 def test_opcheck_of_zero_selected(record: bool) -> None:
-    found = topr.select_top(SCORES, [3])
+    [chosen] = topr.select_top(SCORES, [3]).rows()
     parameters = [torch.ones(2, 2), torch.ones(3)]
-    key, selected = int(found.keys[0]), found.selected[0]
     # Without the comparison of a traced run: bytes between the parts of the record are undefined.
     torch.library.opcheck(
         OPS.zero_selected_.default,
-        (parameters, SCORES, [], 1.0, key, selected, record),
+        (parameters, SCORES, [], 1.0, *chosen, record),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
 @compiled
 def test_compiled_kernels_check_what_they_are_given() -> None:
-    found = topr.select_top(SCORES, [3])
+    [chosen] = topr.select_top(SCORES, [3]).rows()
     good = {
         "parameters": [torch.ones(2, 2), torch.ones(3)],
         "scores": SCORES,
         "remain": [],
         "weight": 1.0,
-        "key": int(found.keys[0]),
-        "selected": found.selected[0],
+        **chosen._asdict(),
         "record": True,
     }
     OPS.zero_selected_.default(*good.values())
@@ -355,6 +356,7 @@ def test_compiled_kernels_check_what_they_are_given() -> None:
             torch.tensor([9, 9]),
             torch.tensor([-1, 2]),
         ],
+        "candidates": [torch.zeros(1).long(), torch.zeros(2), torch.zeros(2, 2).long()],
     }
     for argument, candidates in bad.items():
         for value in candidates:
@@ -371,26 +373,24 @@ def test_compiled_kernels_check_what_they_are_given() -> None:
 
 
 def test_a_selection_of_other_scores_is_refused(kernels: str) -> None:
-    found = topr.select_top(SCORES, [3])
+    [chosen] = topr.select_top(SCORES, [3]).rows()
     others = [-score for score in SCORES]
     with pytest.raises(RuntimeError, match="selected: expected what select_top gave"):
-        topr.zero_selected_(
-            [torch.ones(2, 2), torch.ones(3)], others, int(found.keys[0]), found.selected[0]
-        )
+        topr.zero_selected_([torch.ones(2, 2), torch.ones(3)], others, chosen)
 
 
 def test_bad_input_names_the_argument(kernels: str) -> None:
-    key, selected = 0, torch.zeros(2, dtype=torch.int64)
+    chosen = topr.Chosen(0, *torch.zeros(2, 2, dtype=torch.int64))
     for remain in (SCORES[:1], [SCORES[0], SCORES[1].double()], [SCORES[0], SCORES[1][:1]]):
         with pytest.raises(RuntimeError, match="select_top: remain: expected"):
             topr.select_top(SCORES, [1], remain=remain)
         with pytest.raises(RuntimeError, match="zero_selected_: remain: expected"):
-            topr.zero_selected_(SCORES, SCORES, key, selected, remain=remain)
+            topr.zero_selected_(SCORES, SCORES, chosen, remain=remain)
     for parameters in (SCORES[:1], SCORES[::-1]):
         with pytest.raises(RuntimeError, match="zero_selected_: parameters: expected"):
-            topr.zero_selected_(parameters, SCORES, key, selected)
+            topr.zero_selected_(parameters, SCORES, chosen)
     with pytest.raises(TypeError, match="floating-point"):
-        topr.zero_selected_([torch.ones(1)], [torch.ones(1).long()], key, selected)
+        topr.zero_selected_([torch.ones(1)], [torch.ones(1).long()], chosen)
     assert select_top([], 0) == []
 
 

@@ -97,6 +97,9 @@ struct KernelTable {
   Kernels<double> f64;
   TopKernels<float> top_f32;
   TopKernels<double> top_f64;
+  TopKernels<Half> top_f16;
+  TopKernels<BFloat16> top_bf16;
+  GroupKernels groups;
   RecurrentKernels<float> recurrent_f32;
   RecurrentKernels<double> recurrent_f64;
   const MatrixKernels* matrix;  // nullptr without a matrix unit
@@ -110,14 +113,10 @@ struct KernelTable {
     }
   }
 
-  template <typename T>
-  const TopKernels<T>& top() const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      return top_f32;
-    } else {
-      return top_f64;
-    }
-  }
+  const TopKernels<float>& top(float) const { return top_f32; }
+  const TopKernels<double>& top(double) const { return top_f64; }
+  const TopKernels<Half>& top(Half) const { return top_f16; }
+  const TopKernels<BFloat16>& top(BFloat16) const { return top_bf16; }
 
   template <typename T>
   const RecurrentKernels<T>& recurrent() const {

@@ -560,6 +560,9 @@ const KernelTable& FF_TABLE() {
                                     make_kernels<double>(),
                                     make_top_kernels<float>(),
                                     make_top_kernels<double>(),
+                                    make_top_kernels<Half>(),
+                                    make_top_kernels<BFloat16>(),
+                                    {&take, &take_indices, &zero},
                                     make_recurrent_kernels<float>(),
                                     make_recurrent_kernels<double>(),
                                     nullptr};

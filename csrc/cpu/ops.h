@@ -34,12 +34,13 @@ void gru_step_backward_(Tensor grad_gates, Tensor grad_product, Tensor grad_hidd
                         std::optional<Tensor> grad_output, Tensor gates, Tensor candidate,
                         Tensor hidden);
 
-// topr_select.cpp, topr_zero.cpp
-std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
-                                              std::vector<Tensor> remain, double weight,
-                                              std::vector<int64_t> counts);
+// topr_op.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
+                                                      std::vector<Tensor> remain, double weight,
+                                                      std::vector<int64_t> counts);
 std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
                                           std::vector<Tensor> scores, std::vector<Tensor> remain,
-                                          double weight, int64_t key, Tensor selected, bool record);
+                                          double weight, int64_t key, Tensor selected,
+                                          Tensor candidates, bool record);
 
 }  // namespace fastfisher::cpu

@@ -1,11 +1,13 @@
 // Top-R, first half: the k-th largest of many scores, and how many each chunk has of the first k.
 //
 // A random sample brackets the k-th key. One pass over the scores then counts the keys above the
-// bracket, collects those inside and makes a histogram of them: its bin with the k-th key, searched
-// among what was collected, has the answer. Where the sample misled, or too many keys lie inside to
-// be collected, that bin, or what the bracket left out, is the bracket of another pass. Every sum
-// is one of integers over chunks that depend on the tensors alone, so neither the number of threads
-// nor the instruction set can change a result.
+// bracket, collects those inside, makes a histogram of them, and notes which groups of scores have
+// any of the bracket or above: the second half need read no others. The bin of the histogram with
+// the k-th key, searched among what was collected, has the answer. A bracket of a few keys, as 16-bit
+// scores and ties have it, needs no collecting: each key in it is counted. Where the sample misled,
+// or too many keys lie inside to be collected, that bin, or what the bracket left out, is the bracket
+// of another pass. Every sum is one of integers over chunks that depend on the tensors alone, so
+// neither the number of threads nor the instruction set can change a result.
 
 #include <atomic>
 #include <cmath>
@@ -14,31 +16,27 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <tuple>
 
-#include "dispatch.h"
-#include "ops.h"
 #include "topr_scores.h"
 
-namespace fastfisher::cpu {
+namespace fastfisher::cpu::topr {
 namespace {
-
-using topr::Scores;
-using topr::Scratch;
 
 // The sample is large enough for a bracket of this part of the scores, within bounds: at least
 // kSmallestSample scores, at most kLargestSample of them or one in kSampleEvery.
-constexpr double kBracketed = 0.004;
+constexpr double kBracketed = 0.005;
 constexpr int64_t kSampleEvery = 64, kSmallestSample = int64_t{1} << 14;
 constexpr int64_t kLargestSample = int64_t{1} << 18;
 // Half the width of the bracket in standard deviations of the sampled rank: one call in some
 // hundreds needs another pass.
 constexpr double kMargin = 3.0;
 // Keys that a pass may collect: one in kCollectOneIn of the scores, so that they take less than 1%
-// of the memory of float32 scores, or kSmall if that is more. Up to kSmall scores need no sample.
-constexpr int64_t kCollectOneIn = 112;
+// of the memory of the scores, or kSmall if that is more. Up to kSmall scores need no sample.
+constexpr int64_t kCollectOneIn = 144;
 constexpr int64_t kSmall = int64_t{1} << 16;
 constexpr int64_t kBins = int64_t{1} << 12;
+// The keys of a bracket of at most so many are counted one by one.
+constexpr int64_t kFew = 8;
 
 // The keys [low, high].
 template <typename T>
@@ -49,7 +47,9 @@ struct Bracket {
   Key<T> high = KeyOf<T>::infinity;
 
   // One less than the number of keys, which may not fit.
-  Bits span() const { return static_cast<Bits>(high) - static_cast<Bits>(low); }
+  Bits span() const {
+    return static_cast<Bits>(static_cast<Bits>(high) - static_cast<Bits>(low));
+  }
   // The bracket is divided into at most kBins bins of 2^shift() keys, counted from above.
   int shift() const {
     int bits = 0;
@@ -62,7 +62,11 @@ struct Bracket {
     const auto top = static_cast<Bits>(high);
     return {static_cast<Key<T>>(top - end), static_cast<Key<T>>(top - begin)};
   }
+  int64_t bin_of(Key<T> key) const {
+    return static_cast<Bits>(static_cast<Bits>(high) - static_cast<Bits>(key)) >> shift();
+  }
   bool has(Key<T> key) const { return low <= key && key <= high; }
+  bool has_few() const { return span() < kFew; }
 };
 
 // The search for one k-th key: a bracket, and what the last pass saw of it.
@@ -72,29 +76,38 @@ struct Search {
   int64_t rank;   // k, from 1
   Bracket<T> bracket;
 
-  std::vector<int32_t> above, inside;  // keys in each chunk
-  std::vector<int64_t> place;          // where the keys of a chunk begin in `collected`
+  uint64_t* candidates;  // of all chunks
+
+  // Where the bracket has few keys: of each chunk, how many are low, low + 1, ..., high + 1 or more.
+  std::vector<int32_t> at_least;
+  // Where it has many: keys of each chunk above it and inside, and where those begin in `collected`.
+  std::vector<int32_t> above, inside;
+  std::vector<int64_t> place;
   std::unique_ptr<Key<T>[]> collected;
   std::atomic<int64_t> used{0};
   std::vector<int64_t> histogram;
 
-  // The ties of a single key are counted, and neither collected nor put into bins.
-  bool single() const { return bracket.low == bracket.high; }
+  int64_t entries() const { return static_cast<int64_t>(bracket.span()) + 2; }
 };
 
 template <typename T>
 class Selector {
  public:
-  // Entry j of `keys` and row j of `selected` get the selection of counts[j] scores.
+  // Entry j of `keys` and row j of `selected` and `candidates` get the selection of counts[j] scores.
   Selector(const Scores& scores, const std::vector<int64_t>& counts, int64_t* keys,
-           int64_t* selected)
+           int64_t* selected, uint64_t* candidates)
       : scores_(scores), keys_(keys), selected_(selected), not_finite_(scores.chunks()) {
     for (size_t j = 0; j < counts.size(); ++j) {
-      keys[j] = int64_t{KeyOf<T>::infinity} + 1;
-      if (counts[j] == 0) continue;
+      if (counts[j] == 0) {
+        keys[j] = int64_t{KeyOf<Wide<T>>::infinity} + 1;
+        std::fill_n(selected + j * scores.chunks(), scores.chunks(), 0);
+        std::fill_n(candidates + j * scores.candidate_words, scores.candidate_words, 0);
+        continue;
+      }
       auto& search = *open_.emplace_back(std::make_unique<Search<T>>());
       search.index = static_cast<int64_t>(j);
       search.rank = counts[j];
+      search.candidates = candidates + j * scores.candidate_words;
     }
     const int64_t searches = std::max<int64_t>(1, static_cast<int64_t>(open_.size()));
     budget_ = std::min(scores.total, std::max(kSmall, scores.total / kCollectOneIn / searches));
@@ -107,7 +120,7 @@ class Selector {
       pass();
       std::erase_if(open_, [&](const auto& search) { return resolve(*search); });
     } while (!open_.empty());
-    std::fill_n(finite, scores_.sources.size(), true);
+    std::fill_n(finite, scores_.forget.size(), true);
     for (int64_t c = 0; c < scores_.chunks(); ++c) {
       if (not_finite_[c]) finite[scores_.chunk[c].tensor] = false;
     }
@@ -128,14 +141,12 @@ class Selector {
     torch::stable::parallel_for(0, size, 1024, [&](int64_t from, int64_t to) {
       auto& scratch = Scratch<T>::get();
       // Many at a time, so that their cache misses overlap.
-      Place places[64];
+      Chunk places[64];
       for (int64_t begin = from; begin < to; begin += 64) {
         const int64_t count = std::min<int64_t>(64, to - begin);
         for (int64_t i = 0; i < count; ++i) places[i] = random_place(begin + i, size);
         for (int64_t i = 0; i < count; ++i) {
-          const auto& source = scores_.sources[places[i].tensor];
-          const T* score = topr::read(source, places[i].index, 1, scores_.weight, scratch);
-          sample[begin + i] = key_of(*score);
+          sample[begin + i] = key_of(*scores_.read(places[i], scratch));
         }
       }
     });
@@ -160,12 +171,8 @@ class Selector {
     return static_cast<double>(search.rank) / static_cast<double>(scores_.total);
   }
 
-  struct Place {
-    int64_t tensor, index;
-  };
-
   // A random place in the i-th of `parts` equal parts, so that no pattern can meet a stride.
-  Place random_place(int64_t i, int64_t parts) const {
+  Chunk random_place(int64_t i, int64_t parts) const {
     // splitmix64
     uint64_t hash = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15;
     hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9;
@@ -176,62 +183,74 @@ class Selector {
     const auto next = std::upper_bound(scores_.offset.begin(), scores_.offset.end(), position);
     const int64_t tensor = next - scores_.offset.begin() - 1;
     const int64_t index = position - scores_.offset[tensor];
-    const auto& source = scores_.sources[tensor];
-    __builtin_prefetch(source.forget + source.forget_elements.offset(index));
-    if (source.remain != nullptr) {
-      __builtin_prefetch(source.remain + source.remain_elements.offset(index));
+    __builtin_prefetch(scores_.forget[tensor].data + scores_.forget[tensor].offset(index));
+    if (!scores_.remain.empty()) {
+      __builtin_prefetch(scores_.remain[tensor].data + scores_.remain[tensor].offset(index));
     }
-    return {tensor, index};
+    return {index, static_cast<int32_t>(tensor), 1, 0};
   }
 
   // Reads all scores once, for every open search.
   void pass() {
     for (auto& search : open_) {
-      search->above.assign(scores_.chunks(), 0);
-      search->inside.assign(scores_.chunks(), 0);
-      search->place.assign(scores_.chunks(), 0);
+      const int64_t chunks = scores_.chunks();
+      if (search->bracket.has_few()) {
+        search->at_least.resize(chunks * search->entries());
+        continue;
+      }
+      search->above.resize(chunks);
+      search->inside.resize(chunks);
+      search->place.resize(chunks);
       search->histogram.assign(kBins, 0);
       search->used = 0;
       // Not initialised: only what is used of it takes up memory.
-      if (!search->single()) search->collected.reset(new Key<T>[budget_]);
+      search->collected.reset(new Key<T>[budget_]);
     }
     std::mutex mutex;
     scores_.parallel([&](int64_t from, int64_t to) {
       auto& scratch = Scratch<T>::get();
+      uint64_t unused[kChunkGroups / 64];
       std::vector<std::vector<int64_t>> histograms(open_.size(), std::vector<int64_t>(kBins));
       for (int64_t c = from; c < to; ++c) {
         const T* score = scores_.read(scores_.chunk[c], scratch);
-        if (open_.empty()) filter(c, score, nullptr, {});
+        if (open_.empty()) tally(c, score, nullptr, 0, unused, 0);
         for (size_t s = 0; s < open_.size(); ++s) {
           look(*open_[s], c, score, histograms[s], scratch.keys);
         }
       }
       const std::lock_guard<std::mutex> lock(mutex);
       for (size_t s = 0; s < open_.size(); ++s) {
+        if (open_[s]->bracket.has_few()) continue;
         for (int64_t bin = 0; bin < kBins; ++bin) open_[s]->histogram[bin] += histograms[s][bin];
       }
     });
   }
 
-  KeyCounts filter(int64_t c, const T* score, Key<T>* keys, const Bracket<T>& bracket) {
-    const KeyCounts counts =
-        kernels().top<T>().filter(keys, score, scores_.chunk[c].count, bracket.low, bracket.high);
-    if (!counts.finite) not_finite_[c] = 1;
-    return counts;
+  void tally(int64_t c, const T* score, int32_t* at_least, int64_t entries, uint64_t* candidates,
+             Key<T> low) {
+    const int64_t count = scores_.chunk[c].count;
+    if (!kernels().top(T{}).tally(at_least, entries, candidates, score, count, low)) {
+      not_finite_[c] = 1;
+    }
   }
 
   void look(Search<T>& search, int64_t c, const T* score, std::vector<int64_t>& histogram,
             Key<T>* keys) {
-    if (search.single()) keys = nullptr;
-    const KeyCounts counts = filter(c, score, keys, search.bracket);
+    const Chunk& chunk = scores_.chunk[c];
+    const Bracket<T>& bracket = search.bracket;
+    uint64_t* candidates = search.candidates + chunk.candidates;
+    if (bracket.has_few()) {
+      const int64_t entries = search.entries();
+      tally(c, score, search.at_least.data() + c * entries, entries, candidates, bracket.low);
+      return;
+    }
+    const KeyCounts counts = kernels().top(T{}).filter(keys, candidates, score, chunk.count,
+                                                       bracket.low, bracket.high);
+    if (!counts.finite) not_finite_[c] = 1;
     search.above[c] = counts.above;
     search.inside[c] = counts.inside;
-    if (keys == nullptr || counts.inside == 0) return;
-    const int shift = search.bracket.shift();
-    const auto high = static_cast<typename Bracket<T>::Bits>(search.bracket.high);
-    for (int32_t i = 0; i < counts.inside; ++i) {
-      ++histogram[(high - static_cast<typename Bracket<T>::Bits>(keys[i])) >> shift];
-    }
+    if (counts.inside == 0) return;
+    for (int32_t i = 0; i < counts.inside; ++i) ++histogram[bracket.bin_of(keys[i])];
     search.place[c] = search.used.fetch_add(counts.inside, std::memory_order_relaxed);
     if (search.place[c] + counts.inside <= budget_) {
       std::copy(keys, keys + counts.inside, search.collected.get() + search.place[c]);
@@ -240,55 +259,75 @@ class Selector {
 
   // Writes the selection, or returns false with the bracket of the next pass.
   bool resolve(Search<T>& search) {
-    int64_t above = 0, inside = 0;
-    for (int64_t c = 0; c < scores_.chunks(); ++c) {
-      above += search.above[c];
-      inside += search.inside[c];
-    }
     Bracket<T>& bracket = search.bracket;
-    if (search.rank <= above) {
+    const auto above_it = [&] {
       bracket = {static_cast<Key<T>>(bracket.high + 1), KeyOf<T>::infinity};
       return false;
-    }
-    if (search.rank > above + inside) {
+    };
+    const auto below_it = [&] {
       bracket = {lowest_key<T>, static_cast<Key<T>>(bracket.low - 1)};
       return false;
-    }
-    Key<T> key = bracket.high;
-    if (!search.single()) {
-      int64_t rank = search.rank - above, index = 0;
-      while (rank > search.histogram[index]) rank -= search.histogram[index++];
-      const Bracket<T> bin = bracket.bin(index);
-      if (inside > budget_) {
-        bracket = bin;
-        return false;
+    };
+    if (bracket.has_few()) {
+      const int64_t entries = search.entries();
+      std::vector<int64_t> at_least(entries);
+      for (int64_t c = 0; c < scores_.chunks(); ++c) {
+        for (int64_t j = 0; j < entries; ++j) at_least[j] += search.at_least[c * entries + j];
       }
-      std::vector<Key<T>> candidates;
-      std::copy_if(search.collected.get(), search.collected.get() + inside,
-                   std::back_inserter(candidates), [&](Key<T> k) { return bin.has(k); });
-      std::nth_element(candidates.begin(), candidates.begin() + (rank - 1), candidates.end(),
-                       std::greater<>());
-      key = candidates[rank - 1];
+      if (search.rank <= at_least[entries - 1]) return above_it();
+      if (search.rank > at_least[0]) return below_it();
+      int64_t j = entries - 2;
+      while (search.rank > at_least[j]) --j;
+      select(search, static_cast<Key<T>>(bracket.low + j), [&](int64_t c) {
+        const int32_t* of_chunk = search.at_least.data() + c * entries;
+        return Split{of_chunk[j + 1], of_chunk[j] - of_chunk[j + 1]};
+      });
+      return true;
     }
-    keys_[search.index] = key;
-    select(search, key, selected_ + search.index * scores_.chunks());
+    const auto above = std::accumulate(search.above.begin(), search.above.end(), int64_t{0});
+    const auto inside = std::accumulate(search.inside.begin(), search.inside.end(), int64_t{0});
+    if (search.rank <= above) return above_it();
+    if (search.rank > above + inside) return below_it();
+    int64_t rank = search.rank - above, index = 0;
+    while (rank > search.histogram[index]) rank -= search.histogram[index++];
+    const Bracket<T> bin = bracket.bin(index);
+    if (inside > budget_) {
+      bracket = bin;
+      return false;
+    }
+    std::vector<Key<T>> candidates;
+    std::copy_if(search.collected.get(), search.collected.get() + inside,
+                 std::back_inserter(candidates), [&](Key<T> k) { return bin.has(k); });
+    std::nth_element(candidates.begin(), candidates.begin() + (rank - 1), candidates.end(),
+                     std::greater<>());
+    const Key<T> key = candidates[rank - 1];
+    select(search, key, [&](int64_t c) {
+      const Key<T>* keys = search.collected.get() + search.place[c];
+      Split split{search.above[c], 0};
+      for (int32_t i = 0; i < search.inside[c]; ++i) {
+        split.above += keys[i] > key;
+        split.ties += keys[i] == key;
+      }
+      return split;
+    });
     return true;
   }
 
+  struct Split {
+    int32_t above, ties;  // of a key
+  };
+
   // Keys above the k-th of each chunk, and as many of its ties as are left when their turn comes.
-  void select(const Search<T>& search, Key<T> key, int64_t* selected) const {
+  template <typename F>
+  void select(const Search<T>& search, Key<T> key, const F& split_of) {
     const int64_t chunks = scores_.chunks();
-    std::vector<int32_t> ties(search.inside);
+    int64_t* selected = selected_ + search.index * chunks;
+    std::vector<int32_t> ties(chunks);
     scores_.parallel([&](int64_t from, int64_t to) {
       for (int64_t c = from; c < to; ++c) {
-        selected[c] = search.above[c];
-        if (search.single()) continue;
-        const Key<T>* keys = search.collected.get() + search.place[c];
-        ties[c] = 0;
-        for (int32_t i = 0; i < search.inside[c]; ++i) {
-          selected[c] += keys[i] > key;
-          ties[c] += keys[i] == key;
-        }
+        const Split split = split_of(c);
+        selected[c] = split.above;
+        ties[c] = split.ties;
       }
     });
     int64_t left = search.rank - std::accumulate(selected, selected + chunks, int64_t{0});
@@ -297,6 +336,7 @@ class Selector {
       selected[c] += taken;
       left -= taken;
     }
+    keys_[search.index] = widened<T>(key);
   }
 
   const Scores& scores_;
@@ -309,9 +349,8 @@ class Selector {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
-                                              std::vector<Tensor> remain, double weight,
-                                              std::vector<int64_t> counts) {
+void select(const std::vector<View>& scores, const std::vector<View>& remain, double weight,
+            const std::vector<int64_t>& counts, const Allocate& allocate) {
   const Scores all("select_top", scores, remain, weight);
   for (const int64_t count : counts) {
     FF_CHECK("select_top", "counts", count >= 0 && count <= all.total, "expected 0..", all.total,
@@ -319,19 +358,14 @@ std::tuple<Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores,
   }
   const auto rows = static_cast<int64_t>(counts.size());
   const auto tensors = static_cast<int64_t>(scores.size());
-  const Tensor keys = torch::stable::empty({rows}, ScalarType::Long);
-  const Tensor selected = torch::stable::empty({rows, all.chunks()}, ScalarType::Long);
-  const Tensor finite = torch::stable::empty({tensors}, ScalarType::Bool);
-  auto* to_keys = static_cast<int64_t*>(keys.mutable_data_ptr());
-  auto* to_selected = static_cast<int64_t*>(selected.mutable_data_ptr());
-  auto* to_finite = static_cast<bool*>(finite.mutable_data_ptr());
-  std::fill_n(to_selected, rows * all.chunks(), 0);
-  if (all.any_double) {
-    Selector<double>(all, counts, to_keys, to_selected).run(to_finite);
-  } else {
-    Selector<float>(all, counts, to_keys, to_selected).run(to_finite);
-  }
-  return {keys, selected, finite};
+  auto* keys = static_cast<int64_t*>(allocate(ScalarType::Long, {rows}));
+  auto* selected = static_cast<int64_t*>(allocate(ScalarType::Long, {rows, all.chunks()}));
+  auto* finite = static_cast<bool*>(allocate(ScalarType::Bool, {tensors}));
+  auto* candidates =
+      static_cast<uint64_t*>(allocate(ScalarType::Long, {rows, all.candidate_words}));
+  all.with_type([&]<typename T>() {
+    Selector<T>(all, counts, keys, selected, candidates).run(finite);
+  });
 }
 
-}  // namespace fastfisher::cpu
+}  // namespace fastfisher::cpu::topr

@@ -1,24 +1,14 @@
-// Top-R, second half: zero what a selection of select_top selects, and record what it was. One more
-// pass over the scores; chunks in which nothing is selected are not even read.
+// Top-R, second half: zero what a selection of select_top selects, and record what it was. Of the
+// scores, only the groups that the selection names as candidates are read again.
 
 #include <atomic>
 #include <bit>
-#include <tuple>
 
-#include "dispatch.h"
-#include "ops.h"
 #include "topr_scores.h"
 
-namespace fastfisher::cpu {
+namespace fastfisher::cpu::topr {
 namespace {
 
-using topr::Chunk;
-using topr::Elements;
-using topr::kChunk;
-using topr::Scores;
-using topr::Scratch;
-
-constexpr int64_t kWords = kChunk / 64;
 // Every part of the record begins at a multiple of the width of the widest dtype.
 constexpr int64_t kAlignment = 16;
 
@@ -27,78 +17,32 @@ struct Layout {
   int64_t count, index_width, code, values, runs;
 };
 
-template <typename F>
-void for_each_bit(const uint64_t* bits, int64_t words, const F& f) {
-  for (int64_t w = 0; w < words; ++w) {
-    for (uint64_t word = bits[w]; word != 0; word &= word - 1) f(w * 64 + std::countr_zero(word));
-  }
-}
-
-struct Target {
-  explicit Target(const Tensor& parameter)
-      : data(static_cast<char*>(parameter.mutable_data_ptr())), elements(parameter) {}
-
-  char* data;
-  Elements elements;
+// Some groups of a chunk.
+struct Groups {
+  uint16_t number[kChunkGroups];
+  int64_t listed = 0;
 };
 
-// Zeroes the elements of a chunk whose bits are set, after copying them to `values`.
-template <int Width>
-void zero_chunk(const Target& target, int64_t begin, const uint64_t* bits, int64_t words,
-                char* values) {
-  const auto zero = [&values](char* at) {
-    if (values != nullptr) {
-      std::memcpy(values, at, Width);
-      values += Width;
-    }
-    std::memset(at, 0, Width);
-  };
-  if (target.elements.contiguous()) {
-    char* data = target.data + begin * Width;
-    for_each_bit(bits, words, [&](int64_t i) { zero(data + i * Width); });
-  } else {
-    for_each_bit(bits, words,
-                 [&](int64_t i) { zero(target.data + target.elements.offset(begin + i)); });
-  }
-}
-
-using ZeroChunk = void (*)(const Target&, int64_t, const uint64_t*, int64_t, char*);
-
-ZeroChunk zero_chunk_of(int64_t width) {
-  switch (width) {
-    case 1:
-      return &zero_chunk<1>;
-    case 2:
-      return &zero_chunk<2>;
-    case 4:
-      return &zero_chunk<4>;
-    case 8:
-      return &zero_chunk<8>;
-    case 16:
-      return &zero_chunk<16>;
-    default:
-      return nullptr;
-  }
-}
-
-template <typename Index>
-void write_indices(char* to, int64_t begin, const uint64_t* bits, int64_t words) {
-  for_each_bit(bits, words, [&](int64_t i) {
-    const auto index = static_cast<Index>(begin + i);
-    std::memcpy(to, &index, sizeof(index));
-    to += sizeof(index);
-  });
-}
+// The elements of a chunk, one bit each.
+union Bits {
+  uint64_t word[kChunk / 64];
+  uint16_t group[kChunkGroups];
+};
+static_assert(std::endian::native == std::endian::little);
 
 template <typename T>
 class Zeroing {
  public:
-  Zeroing(const Scores& scores, const std::vector<Target>& targets, int64_t key,
-          const int64_t* selected, std::vector<Layout>& layout, char* record)
+  Zeroing(const Scores& scores, const std::vector<View>& targets, int64_t key,
+          const int64_t* selected, const uint64_t* candidates, std::vector<Layout>& layout,
+          char* record)
       : scores_(scores),
         targets_(targets),
-        key_(static_cast<Key<T>>(key)),
+        least_(narrowed<T>(static_cast<Key<Wide<T>>>(key))),
+        above_(key > KeyOf<Wide<T>>::infinity ? least_
+                                              : narrowed<T>(static_cast<Key<Wide<T>>>(key + 1))),
         selected_(selected),
+        candidates_(candidates),
         layout_(layout),
         record_(record) {}
 
@@ -115,24 +59,27 @@ class Zeroing {
     std::atomic<bool> matches{true};
     scores_.parallel([&](int64_t from, int64_t to) {
       for (int64_t c = from; c < to; ++c) {
-        uint64_t bits[kWords];
-        if (!mark(c, bits)) {
+        const Chunk& chunk = scores_.chunk[c];
+        const View& target = targets_[chunk.tensor];
+        Bits bits{};
+        Groups groups;
+        if (selected_[c] != 0 && !mark(c, bits, groups)) {
           matches = false;
           continue;
         }
-        const Chunk& chunk = scores_.chunk[c];
-        const Target& target = targets_[chunk.tensor];
-        const int64_t words = (chunk.count + 63) / 64, width = target.elements.width();
-        char* values = nullptr;
         if (record_ != nullptr) {
-          const Layout& layout = layout_[chunk.tensor];
-          write_code(layout, chunk.begin, before[c], chunk.count, bits);
-          values = record_ + layout.values + before[c] * width;
-          runs[c] = count_runs(bits, words);
+          write_record(c, before[c], bits, groups);
           const int64_t last = chunk.count - 1;
-          ends[c] = (bits[0] & 1) | (bits[last / 64] >> last % 64 & 1) << 1;
+          runs[c] = count_runs(bits);
+          ends[c] = (bits.word[0] & 1) | (bits.word[last / 64] >> last % 64 & 1) << 1;
         }
-        if (selected_[c] != 0) zero_chunk_of(width)(target, chunk.begin, bits, words, values);
+        if (target.contiguous) {
+          kernels().groups.zero(target.data + chunk.begin * target.width, target.width, bits.group,
+                                groups.number, groups.listed);
+        } else {
+          for_each_selected(target, chunk.begin, bits, groups,
+                            [&](char* at) { std::memset(at, 0, target.width); });
+        }
       }
     });
     for (int64_t c = 0; c < chunks; ++c) {
@@ -145,84 +92,157 @@ class Zeroing {
   }
 
  private:
-  // Sets the bits of what is selected of chunk c: its first selected_[c] elements in order.
-  bool mark(int64_t c, uint64_t* bits) const {
+  // Sets the bits of what is selected of chunk c, its first selected_[c] elements in order, and
+  // lists the groups with any.
+  bool mark(int64_t c, Bits& bits, Groups& groups) const {
     const Chunk& chunk = scores_.chunk[c];
-    const int64_t words = (chunk.count + 63) / 64;
-    if (selected_[c] == 0) {
-      std::fill_n(bits, words, 0);
-      return true;
-    }
-    const T* score = scores_.read(chunk, Scratch<T>::get());
-    const TopKernels<T>& kernel = kernels().top<T>();
-    int64_t surplus = kernel.mark(bits, score, chunk.count, key_) - selected_[c];
-    if (surplus <= 0) return surplus == 0;
-    // Ties at the end of the chunk that are not selected.
-    uint64_t above[kWords];
-    kernel.mark(above, score, chunk.count, key_ + 1);
-    for (int64_t w = words; w-- > 0 && surplus > 0;) {
-      for (uint64_t ties = bits[w] & ~above[w]; ties != 0 && surplus > 0; --surplus) {
-        const uint64_t last = std::bit_floor(ties);
-        bits[w] ^= last;
-        ties ^= last;
+    const View& target = targets_[chunk.tensor];
+    const uint64_t* candidates = candidates_ + chunk.candidates;
+    const int64_t all = (chunk.count + kGroup - 1) / kGroup, words = (all + 63) / 64;
+    int64_t candidate_groups = 0;
+    for (int64_t w = 0; w < words; ++w) candidate_groups += bit_count(candidates[w]);
+    const uint16_t* looked_at = all_groups();
+    int64_t listed = all;
+    if (2 * candidate_groups < all) {
+      listed = 0;
+      for (int64_t w = 0; w < words; ++w) {
+        for (uint64_t left = candidates[w]; left != 0; left &= left - 1) {
+          const int64_t group = w * 64 + std::countr_zero(left);
+          if (group >= all) break;
+          groups.number[listed++] = static_cast<uint16_t>(group);
+          // Scattered groups are no pattern that the processor could foresee.
+          scores_.fetch(chunk, group);
+          topr::fetch(target, chunk.begin, group);
+        }
       }
+      looked_at = groups.number;
+    }
+    const T* score = scores_.read(chunk, Scratch<T>::get(), looked_at, listed);
+    const auto marked = [&](Bits& to, Key<T> least) {
+      return kernels().top(T{}).mark(to.group, score, chunk.count, looked_at, listed, least);
+    };
+    int64_t surplus = marked(bits, least_) - selected_[c];
+    if (surplus > 0) {
+      // Ties at the end of the chunk that are not selected.
+      Bits above{};
+      marked(above, above_);
+      for (int64_t w = kChunk / 64; w-- > 0 && surplus > 0;) {
+        for (uint64_t ties = bits.word[w] & ~above.word[w]; ties != 0 && surplus > 0; --surplus) {
+          const uint64_t last = std::bit_floor(ties);
+          bits.word[w] ^= last;
+          ties ^= last;
+        }
+      }
+    }
+    // Without a branch, which could not be foreseen.
+    for (int64_t i = 0; i < listed; ++i) {
+      const uint16_t group = looked_at[i];
+      groups.number[groups.listed] = group;
+      groups.listed += bits.group[group] != 0;
     }
     return surplus == 0;
   }
 
-  void write_code(const Layout& layout, int64_t begin, int64_t before, int64_t count,
-                  const uint64_t* bits) const {
-    char* code = record_ + layout.code;
-    const int64_t words = (count + 63) / 64;
-    if (layout.index_width == 0) {
-      std::memcpy(code + begin / 8, bits, (count + 7) / 8);
-    } else if (layout.index_width == 4) {
-      write_indices<int32_t>(code + before * 4, begin, bits, words);
-    } else {
-      write_indices<int64_t>(code + before * 8, begin, bits, words);
+  // Calls f with the address of each selected element of a chunk that begins at `begin`.
+  template <typename F>
+  static void for_each_selected(const View& target, int64_t begin, const Bits& bits,
+                                const Groups& groups, const F& f) {
+    for (int64_t i = 0; i < groups.listed; ++i) {
+      const int64_t first = begin + groups.number[i] * kGroup;
+      for (uint32_t left = bits.group[groups.number[i]]; left != 0; left &= left - 1) {
+        f(target.data + target.offset(first + std::countr_zero(left)));
+      }
     }
   }
 
-  static int32_t count_runs(const uint64_t* bits, int64_t words) {
+  // Writes down chunk c, of whose tensor `before` elements come first.
+  void write_record(int64_t c, int64_t before, const Bits& bits, const Groups& groups) const {
+    const Chunk& chunk = scores_.chunk[c];
+    const View& target = targets_[chunk.tensor];
+    const Layout& layout = layout_[chunk.tensor];
+    char* code = record_ + layout.code;
+    if (layout.index_width == 0) {
+      std::memcpy(code + chunk.begin / 8, &bits, (chunk.count + 7) / 8);
+    } else if (layout.index_width == 4) {
+      kernels().groups.take_indices(reinterpret_cast<int32_t*>(code) + before,
+                                    static_cast<int32_t>(chunk.begin), bits.group, groups.number,
+                                    groups.listed);
+    } else {
+      auto* to = reinterpret_cast<int64_t*>(code) + before;
+      for (int64_t i = 0; i < groups.listed; ++i) {
+        const int64_t first = chunk.begin + groups.number[i] * kGroup;
+        for (uint32_t left = bits.group[groups.number[i]]; left != 0; left &= left - 1) {
+          *to++ = first + std::countr_zero(left);
+        }
+      }
+    }
+    char* values = record_ + layout.values + before * target.width;
+    if (target.contiguous) {
+      kernels().groups.take(values, target.data + chunk.begin * target.width, target.width,
+                            bits.group, groups.number, groups.listed);
+    } else {
+      for_each_selected(target, chunk.begin, bits, groups, [&](const char* at) {
+        std::memcpy(values, at, target.width);
+        values += target.width;
+      });
+    }
+  }
+
+  static int32_t count_runs(const Bits& bits) {
     int32_t runs = 0;
     uint64_t carry = 0;
-    for (int64_t w = 0; w < words; ++w) {
-      runs += bit_count(bits[w] & ~(bits[w] << 1 | carry));
-      carry = bits[w] >> 63;
+    for (const uint64_t word : bits.word) {
+      runs += bit_count(word & ~(word << 1 | carry));
+      carry = word >> 63;
     }
     return runs;
   }
 
   const Scores& scores_;
-  const std::vector<Target>& targets_;
-  const Key<T> key_;
+  const std::vector<View>& targets_;
+  const Key<T> least_, above_;
   const int64_t* const selected_;
+  const uint64_t* const candidates_;
   std::vector<Layout>& layout_;
   char* const record_;  // or nullptr
 };
 
+bool is_row(const View& view, int64_t size) {
+  return view.dtype == ScalarType::Long && view.dim == 1 && view.count == size && view.contiguous;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
-                                          std::vector<Tensor> scores, std::vector<Tensor> remain,
-                                          double weight, int64_t key, Tensor selected,
-                                          bool record) {
+void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
+          const std::vector<View>& remain, double weight, int64_t key, const View& selected,
+          const View& candidates, bool record, const Allocate& allocate) {
 #define FF_CHECK_ZERO(argument, condition, ...) \
   FF_CHECK("zero_selected_", argument, condition, __VA_ARGS__)
   const Scores all("zero_selected_", scores, remain, weight);
   FF_CHECK_ZERO("parameters", parameters.size() == scores.size(), "expected one for each score");
-  const int64_t infinity = all.any_double ? KeyOf<double>::infinity : KeyOf<float>::infinity;
-  FF_CHECK_ZERO("key", -infinity - 1 <= key && key <= infinity + 1,
-                "expected that of a score, got ", key);
-  FF_CHECK_ZERO("selected",
-                selected.is_cpu() && selected.scalar_type() == ScalarType::Long &&
-                    selected.dim() == 1 && selected.size(0) == all.chunks() &&
-                    selected.is_contiguous(),
-                "expected int64, one for each chunk of ", kChunk, " scores");
-  const auto* counts = static_cast<const int64_t*>(selected.const_data_ptr());
-  std::vector<Target> targets;
-  targets.reserve(parameters.size());
+  all.with_type([&]<typename T>() {
+    constexpr int64_t infinity = KeyOf<Wide<T>>::infinity;
+    FF_CHECK_ZERO("key", -infinity - 1 <= key && key <= infinity + 1,
+                  "expected that of a score, got ", key);
+  });
+  FF_CHECK_ZERO("selected", is_row(selected, all.chunks()), "expected int64, one for each chunk of ",
+                kChunk, " scores");
+  FF_CHECK_ZERO("candidates", is_row(candidates, all.candidate_words),
+                "expected int64, a bit for each ", kGroup, " scores");
+  const auto* counts = reinterpret_cast<const int64_t*>(selected.data);
   std::vector<Layout> layout(parameters.size());
+  for (size_t t = 0; t < parameters.size(); ++t) {
+    FF_CHECK_ZERO("parameters", parameters[t].same_shape(scores[t]),
+                  "expected the shapes of the scores");
+    const int32_t width = parameters[t].width;
+    FF_CHECK_ZERO("parameters", width <= 16 && std::has_single_bit(static_cast<uint32_t>(width)),
+                  "expected elements of 1, 2, 4, 8 or 16 bytes");
+  }
+  for (int64_t c = 0; c < all.chunks(); ++c) {
+    FF_CHECK_ZERO("selected", counts[c] >= 0 && counts[c] <= all.chunk[c].count,
+                  "expected at most what a chunk has, got ", counts[c]);
+    layout[all.chunk[c].tensor].count += counts[c];
+  }
   int64_t end = 0;
   const auto reserve = [&end](int64_t bytes) {
     const int64_t begin = end;
@@ -230,37 +250,25 @@ std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
     return begin;
   };
   for (size_t t = 0; t < parameters.size(); ++t) {
-    FF_CHECK_ZERO("parameters", Scores::same_shape(parameters[t], scores[t]),
-                  "expected the shapes of the scores");
-    targets.emplace_back(parameters[t]);
-    const int64_t width = targets.back().elements.width();
-    FF_CHECK_ZERO("parameters", zero_chunk_of(width) != nullptr,
-                  "expected elements of 1, 2, 4, 8 or 16 bytes");
     Layout& row = layout[t];
-    for (int64_t c = all.first_chunk[t]; c < all.first_chunk[t + 1]; ++c) {
-      FF_CHECK_ZERO("selected", counts[c] >= 0 && counts[c] <= all.chunk[c].count,
-                    "expected at most what a chunk has, got ", counts[c]);
-      row.count += counts[c];
-    }
-    const int64_t size = all.sources[t].count, packed = (size + 7) / 8;
+    const int64_t size = scores[t].count, packed = (size + 7) / 8;
     row.index_width = size <= int64_t{1} << 31 ? 4 : 8;
     if (row.count * row.index_width >= packed) row.index_width = 0;
     row.code = reserve(row.index_width == 0 ? packed : row.count * row.index_width);
-    row.values = reserve(row.count * width);
+    row.values = reserve(row.count * parameters[t].width);
   }
-  const Tensor bytes = torch::stable::empty({record ? end : 0}, ScalarType::Byte);
-  auto* to_bytes = record ? static_cast<char*>(bytes.mutable_data_ptr()) : nullptr;
-  const bool matches = all.any_double
-                           ? Zeroing<double>(all, targets, key, counts, layout, to_bytes).run()
-                           : Zeroing<float>(all, targets, key, counts, layout, to_bytes).run();
+  auto* bytes = static_cast<char*>(allocate(ScalarType::Byte, {record ? end : 0}));
+  bool matches = false;
+  all.with_type([&]<typename T>() {
+    matches = Zeroing<T>(all, parameters, key, counts,
+                         reinterpret_cast<const uint64_t*>(candidates.data), layout,
+                         record ? bytes : nullptr)
+                  .run();
+  });
   FF_CHECK_ZERO("selected", matches, "expected what select_top gave for these scores");
 #undef FF_CHECK_ZERO
-  const Tensor rows =
-      torch::stable::empty({static_cast<int64_t>(layout.size()), 5}, ScalarType::Long);
-  if (!layout.empty()) {
-    std::memcpy(rows.mutable_data_ptr(), layout.data(), layout.size() * sizeof(Layout));
-  }
-  return {bytes, rows};
+  void* rows = allocate(ScalarType::Long, {static_cast<int64_t>(layout.size()), 5});
+  if (!layout.empty()) std::memcpy(rows, layout.data(), layout.size() * sizeof(Layout));
 }
 
-}  // namespace fastfisher::cpu
+}  // namespace fastfisher::cpu::topr

@@ -87,7 +87,8 @@ py::object results_of(const F& f) {
                             : dtype == ScalarType::Bool ? torch.boolean
                                                         : torch.uint8;
     // Whatever the user's defaults are.
-    const py::object tensor = torch.empty(sizes, py::arg("dtype") = type, py::arg("device") = "cpu");
+    const py::object tensor =
+        torch.empty(sizes, py::arg("dtype") = type, py::arg("device") = "cpu");
     results.append(tensor);
     return static_cast<void*>(view_of(tensor.ptr()).value().data);
   };

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfisher import masking, ops, topr
 from fastfisher.masking import Mask, fisher_mask_, plan_masks, select_top
@@ -185,12 +186,13 @@ def test_a_sample_that_misleads_is_found_out() -> None:
         assert torch.equal(chosen, order[:k].sort().values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_bracket_with_too_much_in_it_is_narrowed(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("spread", [3, 40])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_bracket_with_too_much_in_it_is_narrowed(dtype: torch.dtype, spread: int) -> None:
     # So few keys, next to one another, that each has thousands of ties.
     size = 1 << 20
-    bits = torch.randint(-3, 4, (size,))
-    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    bits = torch.randint(-spread, spread + 1, (size,))
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     middle = torch.tensor(0.5, dtype=dtype).view(integers)
     scores = (bits.to(integers) + middle).view(dtype)
     scores[::2] = torch.randn(size // 2, dtype=dtype)
@@ -224,6 +226,97 @@ def test_same_bits_for_any_number_of_threads(kind: str, shapes: str) -> None:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_kernels_understand_what_the_others_selected(dtype: torch.dtype) -> None:
+    scores = [values("nan and inf", 20_000, dtype), values("heavily tied", 300, dtype)]
+    order = stable_order(scores)
+    for k in (0, 1, 5000, 12_000, 20_300):
+        plain = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k]))
+        fast = topr.select_top(scores, [k])
+        assert torch.equal(plain.keys, fast.keys) and torch.equal(plain.selected, fast.selected)
+        [chosen] = chosen_by(plain, scores, [])
+        assert torch.equal(chosen, order[:k].sort().values)
+        ones = [torch.ones_like(s) for s in scores]
+        topr._zero_selected_default(ones, scores, [], 1.0, *fast.rows()[0], False)
+        assert torch.equal((torch.cat(ones) == 0).nonzero()[:, 0], order[:k].sort().values)
+
+
+# What the compiled kernels are handed without torch's dispatcher.
+
+
+class Subclass(Tensor):
+    pass
+
+
+def odd_tensors() -> dict[str, Tensor]:
+    negated = torch.complex(torch.zeros(4), torch.tensor([1.0, -3.0, -2.0, 4.0])).conj().imag
+    assert negated.is_neg()
+    single = torch.complex(torch.zeros(1), torch.tensor([-3.0])).conj().imag
+    assert single.is_neg() and single.is_contiguous()
+    return {
+        "negated": negated,
+        "negated, of one element": single,
+        "subclass": torch.tensor([-1.0, 3.0, 2.0]).as_subclass(Subclass),
+        "parameter": nn.Parameter(torch.tensor([-1.0, 3.0, 2.0])),
+        "of no dimension": torch.tensor(3.0),
+        "expanded": torch.tensor([3.0]).expand(2),
+        "empty": torch.empty(0, 3),
+    }
+
+
+@pytest.mark.parametrize("name", odd_tensors())
+def test_odd_tensors_are_ranked_by_what_they_say(name: str) -> None:
+    scores = [odd_tensors()[name], torch.tensor([2.5, 0.0])]
+    said = [torch.tensor(score.tolist()) for score in scores]
+    for k in range(sum(map(torch.numel, scores)) + 1):
+        order = stable_order([s.reshape(-1) for s in said])[:k].sort().values
+        [chosen] = chosen_by(topr.select_top(scores, [k]), scores, [])
+        assert torch.equal(chosen, order)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["negated", "negated, of one element"])
+def test_a_parameter_that_is_yet_to_be_negated_is_refused(name: str) -> None:
+    parameter = odd_tensors()[name]
+    before = parameter.tolist()
+    with pytest.raises(RuntimeError, match="negation"):
+        zero([parameter], [torch.arange(1.0, parameter.numel() + 1)], 1)
+    assert parameter.tolist() == before
+
+
+def test_a_parameter_of_a_subclass_is_zeroed() -> None:
+    parameter = odd_tensors()["subclass"]
+    [record] = zero([parameter], [torch.tensor([1.0, 2.0, 3.0])], 1, record=True)
+    assert parameter.tolist() == [-1, 3, 0] and record.values.tolist() == [2]
+
+
+def test_modes_see_the_operators() -> None:
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        zero([torch.ones(3)], [torch.arange(3.0)], 1)
+    assert OPS.select_top.default in seen and OPS.zero_selected_.default in seen
+
+
+def test_compiled_code_has_the_operators() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    scores = [torch.arange(3.0)]
+    keys = torch.compile(lambda: topr.select_top(scores, [1]).keys, backend=backend)()
+    assert torch.equal(keys, topr.select_top(scores, [1]).keys)
+    assert any(node.target is OPS.select_top.default for g in graphs for node in g.graph.nodes)
 
 
 # Zeroing, and the record of it.

@@ -1,6 +1,6 @@
 // The top-R selection, independent of how its arguments came: through torch's dispatcher
-// (topr_op.cpp) or straight from Python objects (csrc/direct.cpp), which costs a tenth as much where
-// tensors are many and small.
+// (topr_op.cpp) or straight from Python objects (csrc/direct.cpp), which costs a tenth as much
+// where tensors are many and small.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -21,7 +21,7 @@ struct View {
   int32_t dim;
   int32_t width;  // bytes of an element
   ScalarType dtype;
-  int64_t count;     // elements
+  int64_t count;  // elements
   bool contiguous;
 
   View() = default;

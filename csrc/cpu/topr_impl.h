@@ -23,7 +23,8 @@ FF_INLINE uint64_t greater(V a, V b) {
 #if FF_VECTOR_BYTES >= 32
     const auto over = (__m256i)(a > b);
     if constexpr (sizeof(K) == 2) {
-      const auto bytes = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(over, over)));
+      const auto bytes =
+          static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(over, over)));
       return (bytes & 0xff) | (bytes >> 8 & 0xff00);
     }
     if constexpr (sizeof(K) == 4) {
@@ -48,16 +49,16 @@ FF_INLINE uint64_t greater(V a, V b) {
 #endif
 }
 
-// Reads scores as keys, and keeps the largest magnitude seen. Keys are right for all but NaN, unless
-// NaN is heeded.
+// Reads scores as keys, and keeps the largest magnitude seen. Keys are right for all but NaN,
+// unless NaN is heeded.
 template <typename T, bool heed_nan, int bytes = FF_VECTOR_BYTES>
 struct KeyReader {
   using vector = typename Integers<Key<T>, bytes>::type;
   vector largest = {};
 
   FF_INLINE vector read(const T* score) {
-    const auto bits = (vector) *
-                      reinterpret_cast<const typename Integers<Key<T>, bytes>::unaligned*>(score);
+    const auto bits =
+        (vector) * reinterpret_cast<const typename Integers<Key<T>, bytes>::unaligned*>(score);
     const vector sign = bits >> static_cast<int>(sizeof(T) * 8 - 1);
     const vector magnitude = bits & static_cast<Key<T>>(~(Key<T>(1) << (sizeof(T) * 8 - 1)));
     largest = magnitude > largest ? magnitude : largest;
@@ -78,9 +79,9 @@ FF_INLINE void fetch_ahead(const T* score) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(score) + 2048));
 }
 
-// Calls f(stream, w, from, valid) for each word of 64 scores; where fewer are left, `from` has zeros
-// behind those that are `valid`. Two places are read in turn, which lets more of memory be on the
-// way at once; each of these streams has its words in order, 16 at a time.
+// Calls f(stream, w, from, valid) for each word of 64 scores; where fewer are left, `from` has
+// zeros behind those that are `valid`. Two places are read in turn, which lets more of memory be on
+// the way at once; each of these streams has its words in order, 16 at a time.
 template <typename T, typename F>
 FF_INLINE void for_each_word(const T* score, int64_t count, const F& f) {
   const int64_t whole = count / 64, rest = count % 64, half = whole / 32 * 16;
@@ -144,8 +145,8 @@ FF_INLINE KeyCounts filter_scores(Key<T>* inside, uint64_t* candidates, const T*
   Reader keys;
   KeyCounts counts;
   Candidates flags{candidates};
-  const auto look = [&](int stream, int64_t w, const T* from, uint64_t valid)
-                        __attribute__((always_inline)) {
+  const auto look = [&](int stream, int64_t w, const T* from,
+                        uint64_t valid) __attribute__((always_inline)) {
     uint64_t over = 0, under = 0;
     FF_UNROLL for (int v = 0; v < 64; v += L) {
       fetch_ahead(from + v);
@@ -193,8 +194,8 @@ FF_INLINE bool tally_scores(int32_t* at_least, int64_t entries, uint64_t* candid
   Reader keys;
   Candidates flags{candidates};
   for (int64_t j = 0; j < entries; ++j) at_least[j] = 0;
-  const auto look = [&](int stream, int64_t w, const T* from, uint64_t valid)
-                        __attribute__((always_inline)) {
+  const auto look = [&](int stream, int64_t w, const T* from,
+                        uint64_t valid) __attribute__((always_inline)) {
     vector key[64 / L];
     FF_UNROLL for (int v = 0; v < 64 / L; ++v) {
       fetch_ahead(from + v * L);
@@ -227,8 +228,8 @@ bool tally(int32_t* at_least, int64_t entries, uint64_t* candidates, const T* sc
 // Whether so many groups are listed that one finds most of memory in the order of addresses.
 FF_INLINE bool is_dense(int64_t listed, int64_t count) { return 2 * kGroup * listed >= count; }
 
-// Calls f(group, from) for each listed group of scores; where a group is not whole, `from` is a copy
-// with zeros behind it.
+// Calls f(group, from) for each listed group of scores; where a group is not whole, `from` is a
+// copy with zeros behind it.
 template <typename T, typename F>
 FF_INLINE void for_each_group(const T* score, int64_t count, const uint16_t* groups, int64_t listed,
                               const F& f) {
@@ -288,8 +289,8 @@ FF_INLINE group_floats widened(const Half* from) {
   // The last bit of 0.5 is worth as much as that of the smallest half, and no denormal is used,
   // which the processor may have been told to flush.
   const group_bits small = (group_bits)((group_floats)(magnitude + 0x3f000000) - 0.5f);
-  return (group_floats)(sign | (magnitude >= 0x7c00 ? special
-                                                    : (magnitude < 0x400 ? small : normal)));
+  return (group_floats)(sign |
+                        (magnitude >= 0x7c00 ? special : (magnitude < 0x400 ? small : normal)));
 #endif
 }
 
@@ -381,8 +382,10 @@ void subtract_halves(T* out, const T* forget, const T* remain, double weight, in
 
 template <typename T>
 TopKernels<T> make_top_kernels() {
-  if constexpr (sizeof(T) == 2) return {&filter<T>, &tally<T>, &mark<T>, &subtract_halves<T>};
-  else return {&filter<T>, &tally<T>, &mark<T>, &subtract<T>};
+  if constexpr (sizeof(T) == 2)
+    return {&filter<T>, &tally<T>, &mark<T>, &subtract_halves<T>};
+  else
+    return {&filter<T>, &tally<T>, &mark<T>, &subtract<T>};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -492,7 +495,6 @@ void take_indices(int32_t* out, int32_t first, const uint16_t* bits, const uint1
 #endif
 }
 
-void zero(char* data, int64_t width, const uint16_t* bits, const uint16_t* groups,
-          int64_t listed) {
+void zero(char* data, int64_t width, const uint16_t* bits, const uint16_t* groups, int64_t listed) {
   with_width(width, [&]<int w>() { zero_elements<w>(data, bits, groups, listed); });
 }

@@ -11,8 +11,11 @@ namespace {
 using topr::View;
 
 View view_of(const Tensor& tensor, void* data) {
-  return {data,         tensor.sizes().data(), tensor.strides().data(),
-          tensor.dim(), static_cast<int64_t>(tensor.element_size()),
+  return {data,
+          tensor.sizes().data(),
+          tensor.strides().data(),
+          tensor.dim(),
+          static_cast<int64_t>(tensor.element_size()),
           tensor.scalar_type()};
 }
 

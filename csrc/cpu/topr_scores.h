@@ -106,10 +106,10 @@ void convert(T* out, const char* forget, const char* remain, double weight, int6
 }
 
 template <typename T>
-constexpr ScalarType dtype_of = std::is_same_v<T, double>   ? ScalarType::Double
-                                : std::is_same_v<T, float>  ? ScalarType::Float
-                                : std::is_same_v<T, Half>   ? ScalarType::Half
-                                                            : ScalarType::BFloat16;
+constexpr ScalarType dtype_of = std::is_same_v<T, double>  ? ScalarType::Double
+                                : std::is_same_v<T, float> ? ScalarType::Float
+                                : std::is_same_v<T, Half>  ? ScalarType::Half
+                                                           : ScalarType::BFloat16;
 
 struct Chunk {
   int64_t begin;  // in its tensor
@@ -118,8 +118,8 @@ struct Chunk {
   int64_t candidates;  // where its bits begin, in words
 };
 
-// Fetches one group of a chunk that begins at `begin`, unless its elements are scattered. Inlined, for
-// GCC removes calls of a function that does nothing else, and so it does with such a loop.
+// Fetches one group of a chunk that begins at `begin`, unless its elements are scattered. Inlined,
+// for GCC removes calls of a function that does nothing else, and so it does with such a loop.
 inline __attribute__((always_inline)) void fetch(const View& view, int64_t begin, int64_t group) {
   if (!view.contiguous) return;
   const char* at = view.data + (begin + group * kGroup) * view.width;
@@ -146,10 +146,9 @@ class Scores {
                       is_double || own == ScalarType::Float || own == ScalarType::BFloat16 ||
                           own == ScalarType::Half,
                       "expected float32, float64, bfloat16 or float16");
-      FF_CHECK_SCORES(
-          "remain",
-          remain.empty() || (remain[i].dtype == own && remain[i].same_shape(forget[i])),
-          "expected the dtypes and shapes of the scores");
+      FF_CHECK_SCORES("remain",
+                      remain.empty() || (remain[i].dtype == own && remain[i].same_shape(forget[i])),
+                      "expected the dtypes and shapes of the scores");
       if (i == 0) dtype_ = own;
       if (own != dtype_) {
         dtype_ = is_double || dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -229,7 +228,7 @@ class Scores {
   const std::vector<View>& remain;  // or none
   const double weight;
   std::vector<Chunk> chunk;
-  std::vector<int64_t> offset;     // of each tensor's first score among all
+  std::vector<int64_t> offset;  // of each tensor's first score among all
   int64_t total = 0;
   int64_t candidate_words = 0;
 

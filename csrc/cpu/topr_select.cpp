@@ -3,11 +3,11 @@
 // A random sample brackets the k-th key. One pass over the scores then counts the keys above the
 // bracket, collects those inside, makes a histogram of them, and notes which groups of scores have
 // any of the bracket or above: the second half need read no others. The bin of the histogram with
-// the k-th key, searched among what was collected, has the answer. A bracket of a few keys, as 16-bit
-// scores and ties have it, needs no collecting: each key in it is counted. Where the sample misled,
-// or too many keys lie inside to be collected, that bin, or what the bracket left out, is the bracket
-// of another pass. Every sum is one of integers over chunks that depend on the tensors alone, so
-// neither the number of threads nor the instruction set can change a result.
+// the k-th key, searched among what was collected, has the answer. A bracket of a few keys, as
+// 16-bit scores and ties have it, needs no collecting: each key in it is counted. Where the sample
+// misled, or too many keys lie inside to be collected, that bin, or what the bracket left out, is
+// the bracket of another pass. Every sum is one of integers over chunks that depend on the tensors
+// alone, so neither the number of threads nor the instruction set can change a result.
 
 #include <atomic>
 #include <cmath>
@@ -22,11 +22,12 @@
 namespace fastfisher::cpu::topr {
 namespace {
 
-// The sample is large enough for a bracket of this part of the scores, within bounds: at least
-// kSmallestSample scores, at most kLargestSample of them or one in kSampleEvery.
+// The sample is large enough for a bracket of this part of the scores, or of half of what may be
+// collected where that is more; but at most kLargestSample of them or one in kSampleEvery.
 constexpr double kBracketed = 0.005;
-constexpr int64_t kSampleEvery = 64, kSmallestSample = int64_t{1} << 14;
-constexpr int64_t kLargestSample = int64_t{1} << 18;
+constexpr int64_t kSampleEvery = 64, kLargestSample = int64_t{1} << 18;
+// For the first and the last ranks, too, the sample has so many scores in a part of that size.
+constexpr double kSampledInBracket = 64;
 // Half the width of the bracket in standard deviations of the sampled rank: one call in some
 // hundreds needs another pass.
 constexpr double kMargin = 3.0;
@@ -47,9 +48,7 @@ struct Bracket {
   Key<T> high = KeyOf<T>::infinity;
 
   // One less than the number of keys, which may not fit.
-  Bits span() const {
-    return static_cast<Bits>(static_cast<Bits>(high) - static_cast<Bits>(low));
-  }
+  Bits span() const { return static_cast<Bits>(static_cast<Bits>(high) - static_cast<Bits>(low)); }
   // The bracket is divided into at most kBins bins of 2^shift() keys, counted from above.
   int shift() const {
     int bits = 0;
@@ -78,9 +77,11 @@ struct Search {
 
   uint64_t* candidates;  // of all chunks
 
-  // Where the bracket has few keys: of each chunk, how many are low, low + 1, ..., high + 1 or more.
+  // Where the bracket has few keys: of each chunk, how many are low, low + 1, ..., high + 1 or
+  // more.
   std::vector<int32_t> at_least;
-  // Where it has many: keys of each chunk above it and inside, and where those begin in `collected`.
+  // Where it has many: keys of each chunk above it and inside, and where those begin in
+  // `collected`.
   std::vector<int32_t> above, inside;
   std::vector<int64_t> place;
   std::unique_ptr<Key<T>[]> collected;
@@ -93,7 +94,8 @@ struct Search {
 template <typename T>
 class Selector {
  public:
-  // Entry j of `keys` and row j of `selected` and `candidates` get the selection of counts[j] scores.
+  // Entry j of `keys` and row j of `selected` and `candidates` get the selection of counts[j]
+  // scores.
   Selector(const Scores& scores, const std::vector<int64_t>& counts, int64_t* keys,
            int64_t* selected, uint64_t* candidates)
       : scores_(scores), keys_(keys), selected_(selected), not_finite_(scores.chunks()) {
@@ -129,14 +131,15 @@ class Selector {
  private:
   // Brackets each rank between two ranks of a sample.
   void bracket() {
-    double wanted = 0;
+    const double bracketed =
+        std::max(kBracketed, 0.5 * kSmall / static_cast<double>(scores_.total));
+    double wanted = kSampledInBracket / bracketed;
     for (const auto& search : open_) {
       const double part = part_of(*search);
-      wanted = std::max(wanted, std::pow(2 * kMargin / kBracketed, 2) * part * (1 - part));
+      wanted = std::max(wanted, std::pow(2 * kMargin / bracketed, 2) * part * (1 - part));
     }
     const int64_t size =
-        std::min(std::clamp(static_cast<int64_t>(wanted), kSmallestSample, kLargestSample),
-                 scores_.total / kSampleEvery);
+        std::min({static_cast<int64_t>(wanted), kLargestSample, scores_.total / kSampleEvery});
     std::vector<Key<T>> sample(size);
     torch::stable::parallel_for(0, size, 1024, [&](int64_t from, int64_t to) {
       auto& scratch = Scratch<T>::get();
@@ -244,8 +247,8 @@ class Selector {
       tally(c, score, search.at_least.data() + c * entries, entries, candidates, bracket.low);
       return;
     }
-    const KeyCounts counts = kernels().top(T{}).filter(keys, candidates, score, chunk.count,
-                                                       bracket.low, bracket.high);
+    const KeyCounts counts =
+        kernels().top(T{}).filter(keys, candidates, score, chunk.count, bracket.low, bracket.high);
     if (!counts.finite) not_finite_[c] = 1;
     search.above[c] = counts.above;
     search.inside[c] = counts.inside;
@@ -363,9 +366,8 @@ void select(const std::vector<View>& scores, const std::vector<View>& remain, do
   auto* finite = static_cast<bool*>(allocate(ScalarType::Bool, {tensors}));
   auto* candidates =
       static_cast<uint64_t*>(allocate(ScalarType::Long, {rows, all.candidate_words}));
-  all.with_type([&]<typename T>() {
-    Selector<T>(all, counts, keys, selected, candidates).run(finite);
-  });
+  all.with_type(
+      [&]<typename T>() { Selector<T>(all, counts, keys, selected, candidates).run(finite); });
 }
 
 }  // namespace fastfisher::cpu::topr

@@ -24,9 +24,16 @@ struct Groups {
 };
 
 // The elements of a chunk, one bit each.
-union Bits {
-  uint64_t word[kChunk / 64];
-  uint16_t group[kChunkGroups];
+struct Bits {
+  explicit Bits(const Chunk& chunk) : words((chunk.count + 63) / 64) {
+    std::fill_n(word, words, 0);
+  }
+
+  int64_t words;
+  union {
+    uint64_t word[kChunk / 64];
+    uint16_t group[kChunkGroups];
+  };
 };
 static_assert(std::endian::native == std::endian::little);
 
@@ -61,7 +68,7 @@ class Zeroing {
       for (int64_t c = from; c < to; ++c) {
         const Chunk& chunk = scores_.chunk[c];
         const View& target = targets_[chunk.tensor];
-        Bits bits{};
+        Bits bits(chunk);
         Groups groups;
         if (selected_[c] != 0 && !mark(c, bits, groups)) {
           matches = false;
@@ -124,9 +131,9 @@ class Zeroing {
     int64_t surplus = marked(bits, least_) - selected_[c];
     if (surplus > 0) {
       // Ties at the end of the chunk that are not selected.
-      Bits above{};
+      Bits above(chunk);
       marked(above, above_);
-      for (int64_t w = kChunk / 64; w-- > 0 && surplus > 0;) {
+      for (int64_t w = bits.words; w-- > 0 && surplus > 0;) {
         for (uint64_t ties = bits.word[w] & ~above.word[w]; ties != 0 && surplus > 0; --surplus) {
           const uint64_t last = std::bit_floor(ties);
           bits.word[w] ^= last;
@@ -162,7 +169,7 @@ class Zeroing {
     const Layout& layout = layout_[chunk.tensor];
     char* code = record_ + layout.code;
     if (layout.index_width == 0) {
-      std::memcpy(code + chunk.begin / 8, &bits, (chunk.count + 7) / 8);
+      std::memcpy(code + chunk.begin / 8, bits.word, (chunk.count + 7) / 8);
     } else if (layout.index_width == 4) {
       kernels().groups.take_indices(reinterpret_cast<int32_t*>(code) + before,
                                     static_cast<int32_t>(chunk.begin), bits.group, groups.number,
@@ -191,9 +198,9 @@ class Zeroing {
   static int32_t count_runs(const Bits& bits) {
     int32_t runs = 0;
     uint64_t carry = 0;
-    for (const uint64_t word : bits.word) {
-      runs += bit_count(word & ~(word << 1 | carry));
-      carry = word >> 63;
+    for (int64_t w = 0; w < bits.words; ++w) {
+      runs += bit_count(bits.word[w] & ~(bits.word[w] << 1 | carry));
+      carry = bits.word[w] >> 63;
     }
     return runs;
   }
@@ -225,8 +232,8 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
     FF_CHECK_ZERO("key", -infinity - 1 <= key && key <= infinity + 1,
                   "expected that of a score, got ", key);
   });
-  FF_CHECK_ZERO("selected", is_row(selected, all.chunks()), "expected int64, one for each chunk of ",
-                kChunk, " scores");
+  FF_CHECK_ZERO("selected", is_row(selected, all.chunks()),
+                "expected int64, one for each chunk of ", kChunk, " scores");
   FF_CHECK_ZERO("candidates", is_row(candidates, all.candidate_words),
                 "expected int64, a bit for each ", kGroup, " scores");
   const auto* counts = reinterpret_cast<const int64_t*>(selected.data);
@@ -260,10 +267,10 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
   auto* bytes = static_cast<char*>(allocate(ScalarType::Byte, {record ? end : 0}));
   bool matches = false;
   all.with_type([&]<typename T>() {
-    matches = Zeroing<T>(all, parameters, key, counts,
-                         reinterpret_cast<const uint64_t*>(candidates.data), layout,
-                         record ? bytes : nullptr)
-                  .run();
+    matches =
+        Zeroing<T>(all, parameters, key, counts, reinterpret_cast<const uint64_t*>(candidates.data),
+                   layout, record ? bytes : nullptr)
+            .run();
   });
   FF_CHECK_ZERO("selected", matches, "expected what select_top gave for these scores");
 #undef FF_CHECK_ZERO

@@ -31,7 +31,9 @@ from .files import replacing
 Granularity = Literal["parameter", "kernel"]
 Scope: TypeAlias = "Literal['global', 'layer'] | Callable[[str], Hashable]"
 
-_FORMAT = {"format": "fastfisher.mask", "version": "1"}
+_FORMAT = "fastfisher.mask"
+# Version 1 had no groups at first: all parameters competed with each other.
+_VERSION, _READ_VERSIONS = "2", ("1", "2")
 
 
 def fisher_mask_(
@@ -474,11 +476,12 @@ class Mask:
             "shapes": {name: list(zeroed.shape) for name, zeroed in self._zeroed.items()},
         }
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {**_FORMAT, "mask": json.dumps(description)})
+            header = {"format": _FORMAT, "version": _VERSION, "mask": json.dumps(description)}
+            save_file(tensors, temporary, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
-        """Read a mask that :meth:`save` wrote.
+        """Read a mask that :meth:`save` wrote, of this version of fastfisher or an earlier one.
 
         Args:
             path: of the file.
@@ -488,7 +491,8 @@ class Mask:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a mask, or its parts contradict each other.
+            ValueError: the file is not a mask, its parts contradict each other, or a later version
+                of fastfisher wrote it in a format that is not known here.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -632,10 +636,18 @@ def _grouped(names: Sequence[str], scope: object) -> list[list[str]]:
 
 def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
     """Rebuild a mask from the content of its file; every contradiction is a ``ValueError``."""
-    if any(header.get(key) != value for key, value in _FORMAT.items()):
-        raise ValueError(f"the header does not say {_FORMAT}")
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"the header does not say that its format is {_FORMAT!r}")
+    version = header.get("version")
+    if version not in _READ_VERSIONS:
+        raise ValueError(
+            f"its format is of version {version!r}, this fastfisher reads {_READ_VERSIONS}"
+        )
     description = json.loads(header.get("mask", ""), parse_constant=_refuse_constant)
     fields = {"ratio", "granularity", "remain_weight", "threshold", "groups", "shapes"}
+    ungrouped = version == "1" and isinstance(description, dict) and "groups" not in description
+    if ungrouped:
+        fields.remove("groups")
     if not isinstance(description, dict) or description.keys() != fields:
         raise ValueError(f"the header does not have the fields {sorted(fields)}")
     ratio = _checked_real("ratio", description["ratio"], at_most=1.0)
@@ -651,7 +663,7 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
         raise ValueError("shapes must map names to lists of sizes")
     if tensors.keys() != {f"{part}:{name}" for name in shapes for part in ("mask", "values")}:
         raise ValueError("the tensors are not those of the parameters in the header")
-    groups = description["groups"]
+    groups = [list(shapes)] if ungrouped else description["groups"]
     if (
         not isinstance(groups, list)
         or not all(isinstance(group, list) and group for group in groups)

@@ -1019,7 +1019,9 @@ def text(field: str, value: str) -> Change:
 
 MALFORMED: dict[str, tuple[str, Change]] = {
     "format": ("header does not say", edit("header", "format", "fastfisher.fisher")),
-    "version": ("header does not say", edit("header", "version", "2")),
+    "later version": (r"of version '3', this fastfisher reads", edit("header", "version", "3")),
+    "no version": ("of version None", lambda file: file.header.pop("version")),
+    "no groups": ("does not have the fields", lambda file: file.fields.pop("groups")),
     "not JSON": ("Expecting", edit("header", "mask", "{")),
     "deep JSON": ("recursion", edit("header", "mask", "[" * 100_000)),
     "no object": ("does not have the fields", edit("header", "mask", "[]")),
@@ -1113,6 +1115,24 @@ def test_the_file_that_the_malformed_ones_come_from_loads(valid_file: Path, tmp_
         "mask:dense": torch.uint8,
         "mask:sparse": torch.int32,
     }
+
+
+def test_a_file_of_the_first_version_loads(valid_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    file = unpack(valid_file)
+    assert file.header["version"] == "2"
+    file.header["version"] = "1"
+    pack(file, path)
+    assert Mask.load(path).groups == (("conv", "dense", "sparse"),)
+    del file.fields["groups"]  # as the first such files are
+    pack(file, path)
+    first, now = Mask.load(path), Mask.load(valid_file)
+    assert first.groups == now.groups and repr(first) == repr(now)
+    assert all(torch.equal(mask, now.as_dict()[name]) for name, mask in first.as_dict().items())
+    file.fields["shapes"] = 5
+    pack(file, path)
+    with pytest.raises(ValueError, match="shapes must map"):
+        Mask.load(path)
 
 
 @pytest.mark.parametrize("case", MALFORMED)

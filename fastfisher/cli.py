@@ -198,6 +198,15 @@ def parser() -> argparse.ArgumentParser:
         help="parameters never to mask, such as 'fc.*'; may be given again",
     )
     unlearn.add_argument(
+        "--scope",
+        type=_scope,
+        default="global",
+        metavar="SCOPE",
+        help="of what the ratio is taken: `global`, all parameters together (default); `layer`, "
+        "each layer; or your own groups as package.module:callable, which maps a parameter's name "
+        "to a key of its group",
+    )
+    unlearn.add_argument(
         "--epochs", type=_natural, default=5, metavar="N", help="of fine-tuning (default 5)"
     )
     unlearn.add_argument(
@@ -367,6 +376,14 @@ def _share(text: str) -> float:
 
 def _weight(text: str) -> float | str:
     return text if text == "auto" else _number(text)
+
+
+def _scope(text: str) -> str:
+    if text not in ("global", "layer") and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"expected global, layer or package.module:callable, got {text!r}"
+        )
+    return text
 
 
 def _methods(text: str) -> list[str]:

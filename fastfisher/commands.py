@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from . import __version__, models
 from . import doctor as diagnosis
 from .data import DataBundle, batches, load_dataset, load_object, size_of, split_forget, targets_of
 from .fisher_diag import FisherDiag, fisher_diag
+from .masking import Scope
 from .runs import (
     CONFIG,
     METRICS,
@@ -182,6 +183,7 @@ def unlearn(args: argparse.Namespace) -> Outcome:
     source = _source(args)
     out = _out_in_run(args, source, "unlearn")
     split = _split(source.bundle, args.forget_class, args.forget_indices)
+    scope = _scope(args.scope)
     recipe = _recipe(
         source.config.get("recipe") or TrainRecipe().to_dict(), args, args.train_epochs
     )
@@ -200,6 +202,7 @@ def unlearn(args: argparse.Namespace) -> Outcome:
             remain_weight=args.remain_weight,
             granularity=args.granularity,
             exclude=args.exclude,
+            scope=scope,
             epochs=args.epochs,
             replay_epochs=args.replay_epochs,
             batch_size=args.score_batch_size,
@@ -521,6 +524,16 @@ def _build(name: str, bundle: DataBundle) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"--model {name}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _scope(name: str) -> Scope:
+    """A scope of masking: one of fastfisher's, or the user's by import path."""
+    if ":" not in name:
+        return cast("Scope", name)
+    scope = load_object(name)
+    if not callable(scope):
+        raise TypeError(f"--scope {name}: expected a callable, got {type(scope).__name__}")
+    return cast("Scope", scope)
 
 
 def _split(bundle: DataBundle, label: int | None, indices: Path | None) -> Split:

@@ -260,6 +260,7 @@ def random_mask_(
     generator: torch.Generator | None = None,
     granularity: Granularity = "parameter",
     exclude: Sequence[str] = (),
+    scope: Scope = "global",
 ) -> Mask:
     """Zero, in place, units of ``model`` drawn uniformly without replacement: the control.
 
@@ -271,6 +272,7 @@ def random_mask_(
             CPU generator gives the same mask whatever the model's device.
         granularity: as in :func:`fisher_mask_`.
         exclude: as in :func:`fisher_mask_`.
+        scope: as in :func:`fisher_mask_`: the units of each group are drawn on their own.
 
     Returns:
         The mask; its ``threshold`` and ``remain_weight`` are ``None``.
@@ -284,17 +286,26 @@ def random_mask_(
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     names = _scored_names(parameters, first_names, trainable, granularity, exclude)
 
-    shapes = [_unit_shape(parameters[name].shape, granularity) for name in names]
-    sizes = [math.prod(shape) for shape in shapes]
-    k = _unit_count(ratio, sum(sizes))
     device = generator.device if generator is not None else torch.device("cpu")
-    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
-    chosen[torch.randperm(sum(sizes), generator=generator, device=device)[:k].cpu()] = True
-    zeroed = _record(
-        {name: parameters[name] for name in names},
-        [part.view(shape) for part, shape in zip(chosen.split(sizes), shapes, strict=True)],
+    groups = _grouped(names, scope)
+    zeroed: dict[str, _Zeroed] = {}
+    for group in groups:
+        members = {name: parameters[name] for name in group}
+        shapes = [_unit_shape(parameter.shape, granularity) for parameter in members.values()]
+        sizes = [math.prod(shape) for shape in shapes]
+        k = _unit_count(ratio, sum(sizes))
+        chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+        chosen[torch.randperm(sum(sizes), generator=generator, device=device)[:k].cpu()] = True
+        parts = zip(chosen.split(sizes), shapes, strict=True)
+        zeroed |= _record(members, [part.view(shape) for part, shape in parts])
+    mask = Mask(
+        ratio,
+        granularity,
+        None,
+        None,
+        tuple(map(tuple, groups)),
+        {name: zeroed[name] for name in names},
     )
-    mask = Mask(ratio, granularity, None, None, (tuple(names),), zeroed)
     mask.apply_(model)
     return mask
 
@@ -626,12 +637,27 @@ def _grouped(names: Sequence[str], scope: object) -> list[list[str]]:
         return [list(names)]
     if scope == "layer":
         return _grouped(names, lambda name: name.rpartition(".")[0])
-    if not callable(scope):
-        raise ValueError(f"scope must be 'global', 'layer' or a callable, got {scope!r}")
+    check_scope(scope)
     groups: dict[Hashable, list[str]] = {}
     for name in names:
-        groups.setdefault(scope(name), []).append(name)
+        key = cast("Callable[[str], Hashable]", scope)(name)
+        try:
+            groups.setdefault(key, []).append(name)
+        except TypeError:
+            raise TypeError(
+                f"scope must return hashable keys, got {type(key).__name__} for {name!r}"
+            ) from None
     return list(groups.values())
+
+
+def check_scope(scope: object) -> None:
+    """Raise unless ``scope`` is one of :func:`fisher_mask_`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if scope not in ("global", "layer") and not callable(scope):
+        raise ValueError(f"scope must be 'global', 'layer' or a callable, got {scope!r}")
 
 
 def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:

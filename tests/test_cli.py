@@ -47,6 +47,9 @@ def only_train():
 def no_model():
     return "model"
 
+def weight_or_bias(name):
+    return name.split(".")[-1]
+
 def fails():
     raise RuntimeError("two\\nlines")
 
@@ -263,7 +266,8 @@ def test_unlearn_compares_methods_in_one_report(run: Path, call: Callable[..., A
     document = call(
         "unlearn", "--run", run, "--method", "fisher-mask,random-mask,finetune,retrain",
         "--forget-class", 1, "--ratio", 0.1, "--remain-weight", 2, "--granularity", "kernel",
-        "--exclude", "13.*", "--epochs", 2, "--train-epochs", 2, "--replay-epochs", 1,
+        "--exclude", "13.*", "--scope", "layer", "--epochs", 2, "--train-epochs", 2,
+        "--replay-epochs", 1,
     )  # fmt: skip
     out = run / "unlearn"
     assert {name: content for name, content in tree(run).items() if "/" not in name} == before
@@ -282,10 +286,12 @@ def test_unlearn_compares_methods_in_one_report(run: Path, call: Callable[..., A
     result = json.loads((out / "result.json").read_text())["config"]
     assert (result["ratio"], result["remain_weight"], result["replay_epochs"]) == (0.1, 2.0, 1)
     assert (result["granularity"], result["exclude"]) == ("kernel", ["13.*"])
+    assert result["scope"] == "layer"
     assert result["recipe"]["milestones"] == [1]  # of 2 epochs, not the 12 of the run
     mask = Mask.load(out / "mask.safetensors")
     assert (mask.granularity, mask.remain_weight, mask.ratio) == ("kernel", 2.0, 0.1)
     assert not any(name.startswith("13") for name in mask.counts)
+    assert len(mask.groups) == len(mask.counts) > 1  # only weights are scored: one in a layer
     report = (out / "report.html").read_text()
     for label, stage in document["accuracies"].items():
         row = report.split(f"<td>{label}</td>")[1].split("</tr>")[0]
@@ -308,6 +314,19 @@ def test_unlearn_searches_the_weight(run: Path, call: Callable[..., Any]) -> Non
     assert (mask.remain_weight, mask.ratio) == (chosen["remain_weight"], chosen["ratio"])
     report = (run / "unlearn/report.html").read_text()
     assert f'<td class="chosen">{100 * chosen["forget"]:.1f}% / ' in report
+
+
+def test_the_ratio_is_that_of_groups_of_ones_own(
+    own: Path, run: Path, call: Callable[..., Any]
+) -> None:
+    call(
+        "unlearn", "--run", run, "--forget-class", 1, "--epochs", 0,
+        "--scope", "own:weight_or_bias",
+    )  # fmt: skip
+    groups = Mask.load(run / "unlearn/mask.safetensors").groups
+    assert [{name.split(".")[-1] for name in group} for group in groups] == [{"weight"}, {"bias"}]
+    result = json.loads((run / "unlearn/result.json").read_text())
+    assert result["config"]["scope"] == "own:weight_or_bias"
 
 
 def test_single_samples_are_forgotten_by_position(
@@ -423,6 +442,10 @@ BASE = "train --dataset digits --model convnet --epochs 1 --out o"
         ("unlearn --run trained --forget-class 1 --remain-weight much", 2, "--remain-weight"),
         ("unlearn --run trained --forget-class 1 --exclude 99.*", 1, "matches no parameter"),
         ("unlearn --run trained --forget-class 1 --granularity row", 2, "--granularity"),
+        ("unlearn --run trained --forget-class 1 --scope layers", 2, "--scope: expected global,"),
+        ("unlearn --run trained --forget-class 1 --scope own:absent", 1, "has no 'absent'"),
+        ("unlearn --run trained --forget-class 1 --scope own:__name__", 1,
+         "--scope own:__name__: expected a callable, got str"),
         ("unlearn --run trained/score --forget-class 1", 1, "no run directory at trained/score"),
         ("doctor --run x", 2, "unrecognized arguments: --run x"),
     ],

@@ -143,6 +143,39 @@ def test_fisher_mask_is_the_mask_of_the_two_mean_fishers(
     assert same(state(task.model), before)
 
 
+def by_kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("scope", ["layer", by_kind])
+@pytest.mark.parametrize("method", ["fisher-mask", "random-mask"])
+def test_the_ratio_is_one_of_each_group_of_the_scope(task: Task, method: str, scope: Any) -> None:
+    key = by_kind if scope is by_kind else (lambda name: name.rpartition(".")[0])
+    result = unlearn(
+        task.model, task.forget, task.remain, method=method, ratio=0.25, scope=scope, epochs=0
+    )
+    sizes, counts = {}, {}
+    assert result.mask is not None
+    for name, count in result.mask.counts.items():
+        sizes.setdefault(key(name), []).append(dict(task.model.named_parameters())[name].numel())
+        counts.setdefault(key(name), []).append(count)
+    assert len(sizes) > 1
+    for group, parts in sizes.items():
+        assert sum(counts[group]) == sum(parts) // 4
+    assert len(result.mask.groups) == len(sizes)
+    written = "test_unlearning:by_kind" if scope is by_kind else "layer"
+    assert str(result.config["scope"]).endswith(written)
+    json.dumps(result.config)
+
+
+def test_the_search_has_the_scope(task: Task) -> None:
+    result = unlearn(
+        task.model, task.forget, task.remain, remain_weight="auto", scope="layer", epochs=0
+    )
+    assert result.mask is not None and len(result.mask.groups) > 1
+    assert result.chosen is not None and result.chosen["k"] == result.mask.k
+
+
 def test_random_mask_draws_as_many_units_from_the_seed(task: Task) -> None:
     expected_model = copy.deepcopy(task.model)
     mask = random_mask_(expected_model, ratio=0.3, generator=torch.Generator().manual_seed(5))
@@ -353,6 +386,8 @@ def bad(**arguments: Any) -> dict[str, Any]:
         (bad(remain_weight="best"), TypeError, "remain_weight"),
         (bad(granularity="row"), ValueError, "granularity"),
         (bad(exclude="fc.weight"), TypeError, "exclude"),
+        (bad(scope="row"), ValueError, "scope"),
+        (bad(scope=lambda name: [name]), TypeError, "scope must return hashable .* got list"),
         (bad(exclude=("no such *",)), ValueError, "exclude"),
         (bad(epochs=-1), ValueError, "epochs"),
         (bad(epochs=1.0), TypeError, "epochs"),

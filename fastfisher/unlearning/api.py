@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data import batches, size_of
-from ..masking import Granularity
+from ..masking import Granularity, Scope, check_scope
 from .base import Edit, Job, Method, methods
 from .loop import EpochStats, seeded, train
 from .metrics import accuracy, device_of, keeping_modes
@@ -29,6 +29,7 @@ def unlearn(
     remain_weight: float | Literal["auto"] = 1.0,
     granularity: Granularity = "parameter",
     exclude: Sequence[str] = (),
+    scope: Scope = "global",
     epochs: int = 5,
     recipe: TrainRecipe | None = None,
     replay_epochs: int = 5,
@@ -61,6 +62,8 @@ def unlearn(
             (:func:`fastfisher.unlearning.search_mask`; ``ratio`` is one of the candidates).
         granularity: as in :func:`fastfisher.fisher_mask_`.
         exclude: as in :func:`fastfisher.fisher_mask_`.
+        scope: as in :func:`fastfisher.fisher_mask_`: of what the ratio is taken, all parameters
+            together, each layer, or groups of your own. "random-mask" draws within the same groups.
         epochs: of fine-tuning; 0 only masks. "retrain" runs ``recipe.epochs``.
         recipe: how the original model was trained; fine-tuning takes everything but the number of
             epochs and the seed from it. Default: the paper's for CIFAR; "retrain" needs one.
@@ -92,6 +95,7 @@ def unlearn(
         )
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a sequence of names, got the string {exclude!r}")
+    check_scope(scope)
     if recipe is not None and not isinstance(recipe, TrainRecipe):
         raise TypeError(f"recipe: expected a TrainRecipe, got {type(recipe).__name__}")
     for name, function in (("model_factory", model_factory), ("on_epoch", on_epoch)):
@@ -112,6 +116,7 @@ def unlearn(
         remain_weight=remain_weight,
         granularity=granularity,
         exclude=tuple(exclude),
+        scope=scope,
         epochs=epochs,
         replay_epochs=replay_epochs,
         recipe=recipe,
@@ -170,6 +175,7 @@ def unlearn(
         "remain_weight": remain_weight,
         "granularity": granularity,
         "exclude": list(exclude),
+        "scope": scope if isinstance(scope, str) else _import_path(scope),
         "epochs": run_epochs,
         "replay_epochs": schedule_epochs,
         "recipe": train_recipe.to_dict(),
@@ -227,6 +233,12 @@ def _check_sizes(datasets: dict[str, Dataset[Any] | None]) -> dict[str, int]:
         if sizes[name] == 0:
             raise ValueError(f"{argument}: expected at least one sample")
     return sizes
+
+
+def _import_path(function: object) -> str:
+    """``package.module:name`` of a function, or of the class of what can be called like one."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _timed_edit(method: Method, job: Job) -> tuple[Edit, float]:

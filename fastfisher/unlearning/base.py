@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..masking import Granularity, Mask
+from ..masking import Granularity, Mask, Scope
 from .recipe import TrainRecipe
 
 
@@ -28,6 +28,7 @@ class Job:
     remain_weight: float | Literal["auto"]
     granularity: Granularity
     exclude: Sequence[str]
+    scope: Scope
     epochs: int
     replay_epochs: int
     recipe: TrainRecipe | None

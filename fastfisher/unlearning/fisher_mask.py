@@ -46,6 +46,7 @@ class FisherMask(Method):
                 extra_ratio=job.ratio,
                 granularity=job.granularity,
                 exclude=job.exclude,
+                scope=job.scope,
                 progress=job.progress,
             )
             chosen = next(candidate for candidate in candidates if candidate.chosen)
@@ -58,6 +59,7 @@ class FisherMask(Method):
             remain_weight=weight,
             granularity=job.granularity,
             exclude=job.exclude,
+            scope=job.scope,
         )
         search = None if candidates is None else [dataclasses.asdict(c) for c in candidates]
         return Edit(job.model, mask, search)

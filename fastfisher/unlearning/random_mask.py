@@ -23,5 +23,6 @@ class RandomMask(Method):
             generator=torch.Generator().manual_seed(job.seed),
             granularity=job.granularity,
             exclude=job.exclude,
+            scope=job.scope,
         )
         return Edit(job.model, mask)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from itertools import islice
 from numbers import Real
 from typing import Literal, NoReturn, TypeAlias, cast, get_args
 
@@ -910,28 +909,36 @@ def _check_writable(parameters: Mapping[str, Tensor], touched: Collection[str]) 
             )
         if _repeats_memory(parameter):
             raise ValueError(f"elements of parameter {name!r} share memory with each other")
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), name)
-        for name, p in parameters.items()
-        if p.numel() and p.layout == torch.strided and not p.is_meta
-    )
-    for i, (device, _, end, name) in enumerate(spans):
-        for other_device, other_start, _, other in islice(spans, i + 1, None):
-            if other_device != device or other_start >= end:
-                break
-            written, read = (name, other) if name in touched else (other, name)
-            if written in touched and _shares_memory(parameters[written], parameters[read]):
-                raise ValueError(f"parameters {name!r} and {other!r} share memory")
+    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, p in parameters.items():
+        if p.numel() and p.layout == torch.strided and not p.is_meta:
+            start = p.data_ptr()
+            spans.setdefault(p.device, []).append((start, start + _extent(p), name))
+    to_write = frozenset(touched)
+    for on_device in spans.values():
+        on_device.sort()
+        for i, (_, end, name) in enumerate(on_device):
+            for j in range(i + 1, len(on_device)):
+                start, _, other = on_device[j]
+                if start >= end:
+                    break
+                written, read = (name, other) if name in to_write else (other, name)
+                if written in to_write and _shares_memory(parameters[written], parameters[read]):
+                    raise ValueError(f"parameters {name!r} and {other!r} share memory")
 
 
 def _extent(tensor: Tensor) -> int:
     """Bytes from the first to the end of the last element in memory."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.element_size()
 
 
 def _repeats_memory(tensor: Tensor) -> bool:
     """Whether two indices may lead to one address: true of an expanded tensor."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

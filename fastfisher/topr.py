@@ -172,7 +172,10 @@ def zero_selected_(
     torch.autograd.graph.increment_version([parameters[i] for i in changed])
     if not record:
         return []
-    return [_zeroed(data, p, *row) for p, row in zip(parameters, layout.tolist(), strict=True)]
+    # Row by row, torch makes a tensor of each.
+    numbers = layout.flatten().tolist()
+    rows = zip(*(numbers[i::5] for i in range(5)), strict=True)
+    return [_zeroed(data, p, *row) for p, row in zip(parameters, rows, strict=True)]
 
 
 def value_of(key: int, scores: Sequence[Tensor]) -> float:

@@ -306,6 +306,16 @@ def test_embedding_bag_of_offsets(
     assert_exact(head_for(layer, tokens), tokens, targets(samples))
 
 
+# Channels of a few positions are read where they lie; in float32 the last's are a page apart.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("channels", [32, 48, 68, 136, 1024])
+def test_few_positions_with_channels_last(channels: int, groups: int, dtype: torch.dtype) -> None:
+    inputs = torch.randn(3, channels, 4, 3).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(channels, 6, 1, stride=(2, 1), groups=groups)
+    assert_exact(head_for(layer, inputs), inputs, targets(3), dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed"])
 def test_layouts(layout: str, dtype: torch.dtype) -> None:

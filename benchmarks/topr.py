@@ -1,12 +1,13 @@
 """Time of the top-R selection beside torch's own ways to it, and beside reading the scores.
 
-    python benchmarks/topr.py                      10^8 scores, then 10^4 small tensors
+    python benchmarks/topr.py                      10^8 scores in several ways, 10^4 small tensors
     python benchmarks/topr.py --size 1e6           a smoke run
     python benchmarks/topr.py --threads 2 --save   keep the run and put it into docs/performance
 
 Zeroes what the k largest of float32 scores belong to. The unit is a plain read: the time in which
-torch reads the scores of one tensor once, the fastest of dot, sum and max of the same round. Two
-reads are the least that a selection takes that keeps no more than 1% of the scores.
+torch reads the bytes of the scores once, the fastest of dot, sum and max of the same round. The
+bound is two reads, of both Fishers where both are given, and of an in-place pass over the
+parameters (neg_) the part that falls on cache lines with something to zero.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if not __package__:
     # Behind the installed packages: the fastfisher with compiled kernels goes before its source.
@@ -31,13 +32,18 @@ from benchmarks import report
 from benchmarks.machine import ROOT, environment, slug
 from benchmarks.markdown import update_marked
 from benchmarks.measure import _give_back_freed_memory, peak_rss_growth
-from fastfisher import topr
+from fastfisher import fisher_mask_, topr
 from fastfisher.files import replacing
 
 RESULTS = ROOT / "benchmarks" / "results" / "topr"
 PAGE = ROOT / "docs" / "performance" / "topr.md"
 TENSORS = 10_000
 OURS = "select_top + zero_selected_"
+RIVALS = (
+    "torch.topk + scatter",
+    "kthvalue + masked_fill",
+    "cat + kthvalue + a loop of masked_fill",
+)
 
 Call = Callable[[], object]
 
@@ -50,8 +56,8 @@ class Row:
         mask: "same" as a stable sort's, or how it differs.
         ms: median over rounds.
         reads: median over rounds of its time over that of one plain read of the scores.
-        sums: the same over ``torch.sum`` of the scores, which is not always the fastest read.
         times_ours: median over rounds of its time over that of ``OURS``.
+        bound: median over rounds of the bound over its time, in percent.
         peak_percent: peak resident memory above the level before the call, over the bytes of the
             scores.
     """
@@ -62,8 +68,8 @@ class Row:
     rounds: int
     ms: float
     reads: float
-    sums: float
     times_ours: float
+    bound: float | None = None
     peak_percent: float | None = None
 
 
@@ -121,11 +127,35 @@ def timed(call: Call) -> float:
     return perf_counter() - start
 
 
+@dataclass
+class Contender:
+    """What is timed.
+
+    Attributes:
+        call: zeroes elements of the parameters.
+        ranked: what it ranks, in one piece.
+        rounds: to take part in.
+        streams: tensors of the size of the scores that it reads; 0 if it has no bound.
+    """
+
+    call: Call
+    ranked: Tensor
+    rounds: int
+    streams: int = 0
+
+
+def touched_lines(zeroed: Tensor) -> float:
+    """The part of a flat float32 tensor's cache lines that have an element of the mask."""
+    return float(
+        nn.functional.pad(zeroed, (0, -len(zeroed) % 16)).view(-1, 16).any(1).double().mean()
+    )
+
+
 def measure(
     case: str,
     parameters: Sequence[Tensor],
     everything: Tensor,
-    calls: Mapping[str, tuple[Call, Tensor, int]],
+    contenders: Mapping[str, Contender],
     *,
     k: int,
     memory: bool,
@@ -136,70 +166,78 @@ def measure(
         case: name of the case.
         parameters: what the calls zero elements of.
         everything: the scores in one piece, which the unit reads.
-        calls: contender -> call, what it ranks in one piece, rounds to take part in.
+        contenders: by name.
         k: how many are zeroed.
         memory: also measure peak memory.
     """
-    masks, peaks = {}, dict.fromkeys(calls)
-    for name, (call, ranked, _) in calls.items():
+    masks, peaks = {}, dict.fromkeys(contenders)
+    for name, contender in contenders.items():
         for parameter in parameters:
             parameter.fill_(1.0)
-        call()
-        masks[name] = compare(parameters, ranked, k)
+        contender.call()
+        masks[name] = compare(parameters, contender.ranked, k)
         if memory:
             _give_back_freed_memory()
-            peaks[name] = 100 * peak_rss_growth(call) / everything.nbytes
+            peaks[name] = 100 * peak_rss_growth(contender.call) / everything.nbytes
+    touched = touched_lines(torch.cat([p.reshape(-1) for p in parameters]) == 0)
+    # Of halves, the same bytes: torch is slow at adding them up.
+    unit = everything[: everything.numel() // 2 * 2].view(torch.float32)
     reads: list[float] = []
-    sums: list[float] = []
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(max(rounds for _, _, rounds in calls.values())):
-        sums.append(timed(everything.sum))
-        others = (lambda: torch.dot(everything, everything), everything.max)
-        reads.append(min(sums[-1], *map(timed, others)))
-        for name, (call, _, rounds) in calls.items():
-            if number < rounds:
-                seconds[name].append(timed(call))
-    return [
-        Row(
+    writes: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(max(contender.rounds for contender in contenders.values())):
+        reads.append(min(map(timed, (unit.sum, lambda: torch.dot(unit, unit), unit.max))))
+        writes.append(touched * sum(timed(parameter.neg_) for parameter in parameters))
+        for name, contender in contenders.items():
+            if number < contender.rounds:
+                seconds[name].append(timed(contender.call))
+
+    def row(name: str, contender: Contender) -> Row:
+        taken, streams = seconds[name], contender.streams
+        bounds = [2 * streams * read + write for read, write in zip(reads, writes, strict=True)]
+        return Row(
             case,
             name,
             masks[name],
             len(taken),
             1e3 * statistics.median(taken),
             statistics.median(t / r for t, r in zip(taken, reads, strict=False)),
-            statistics.median(t / s for t, s in zip(taken, sums, strict=False)),
             statistics.median(t / o for t, o in zip(taken, seconds[OURS], strict=False)),
+            100 * statistics.median(b / t for b, t in zip(bounds, taken, strict=False))
+            if streams
+            else None,
             peaks[name],
         )
-        for name, taken in seconds.items()
-    ]
+
+    return [row(name, contender) for name, contender in contenders.items()]
 
 
-def one_tensor(size: int, ratio: float, rounds: int) -> list[Row]:
+def one_tensor(
+    size: int, ratio: float, rounds: int, dtype: torch.dtype = torch.float32, rivals: bool = False
+) -> list[Row]:
+    """The cases of one large float32 parameter, with scores of one dtype."""
     generator = torch.Generator().manual_seed(0)
-    score = torch.rand(size, generator=generator).square_()
-    remain = torch.rand(size, generator=generator).square_()
+    score = torch.rand(size, generator=generator).square_().to(dtype)
+    remain = torch.rand(size, generator=generator).square_().to(dtype)
     parameter = torch.ones(size)
     k = int(ratio * size)
-    difference = score - remain
-    slow = min(rounds, 3)
-    calls: dict[str, tuple[Call, Tensor, int]] = {
-        OURS: (lambda: zero_top([parameter], [score], k), score, rounds),
-        "with the record of a mask": (
-            lambda: zero_top([parameter], [score], k, record=True),
-            score,
-            rounds,
-        ),
-        "of F_f - w * F_r, not formed": (
-            lambda: zero_top([parameter], [score], k, [remain]),
-            difference,
-            rounds,
-        ),
-        "torch.topk + scatter": (lambda: topk_scatter(parameter, score, k), score, slow),
-        "kthvalue + masked_fill": (lambda: kthvalue_masked_fill(parameter, score, k), score, slow),
+
+    def ours(*arguments: object) -> Call:
+        return lambda: zero_top([parameter], [score], k, *arguments)  # type: ignore[arg-type]
+
+    contenders = {
+        OURS: Contender(ours(), score, rounds, 1),
+        "with the record of a mask": Contender(ours((), True), score, rounds, 1),
+        "of F_f - w * F_r, not formed": Contender(ours([remain]), score - remain, rounds, 2),
     }
-    case = f"one tensor of {size:,}, k = {k:,}"
-    return measure(case, [parameter], score, calls, k=k, memory=True)
+    if rivals:
+        for name, function in zip(RIVALS, (topk_scatter, kthvalue_masked_fill), strict=False):
+            contenders[name] = Contender(
+                lambda function=function: function(parameter, score, k), score, min(rounds, 3)
+            )
+    name = str(dtype).removeprefix("torch.")
+    case = f"one tensor of {size:,} {name} scores, k = {k:,}"
+    return measure(case, [parameter], score, contenders, k=k, memory=True)
 
 
 def many_tensors(ratio: float, rounds: int) -> list[Row]:
@@ -209,39 +247,36 @@ def many_tensors(ratio: float, rounds: int) -> list[Row]:
     scores = [part.clone() for part in everything.split(sizes)]
     parameters = [torch.ones_like(part) for part in scores]
     k = int(ratio * sum(sizes))
-    calls: dict[str, tuple[Call, Tensor, int]] = {
-        OURS: (lambda: zero_top(parameters, scores, k), everything, rounds),
-        "its plain-torch kernels, a loop": (
-            lambda: zero_top_plain(parameters, scores, k),
-            everything,
-            1,
+    model = nn.ParameterList(map(nn.Parameter, parameters))
+    forget = dict(zip(dict(model.named_parameters()), scores, strict=True))
+    contenders = {
+        OURS: Contender(lambda: zero_top(parameters, scores, k), everything, rounds),
+        RIVALS[2]: Contender(lambda: loop(parameters, scores, k), everything, rounds),
+        "a loop of ours in plain torch, ties heeded": Contender(
+            lambda: zero_top_plain(parameters, scores, k), everything, 1
         ),
-        "kthvalue of all, loop of masked_fill": (
-            lambda: loop(parameters, scores, k),
-            everything,
-            rounds,
+        "fisher_mask_: checks, and a mask to undo": Contender(
+            lambda: fisher_mask_(model, forget, ratio=ratio), everything, rounds
         ),
     }
-    case = f"{TENSORS:,} tensors, {sum(sizes):,} scores, k = {k:,}"
-    return measure(case, parameters, everything, calls, k=k, memory=False)
+    case = f"{TENSORS:,} tensors, {sum(sizes):,} float32 scores, k = {k:,}"
+    return measure(case, parameters, everything, contenders, k=k, memory=False)
 
 
 def markdown(machine: report.Environment, command: str, rows: Sequence[Row]) -> str:
     """One run as a section of the page."""
     lines = [f"### {machine['threads']} thread(s)", ""]
-    lines.append("| case | contender | mask | ms | reads | times ours | peak memory |")
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("| case | contender | mask | ms | reads | of bound | times ours | peak memory |")
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         peak = "-" if row.peak_percent is None else f"{row.peak_percent:.2f}%"
+        bound = "-" if row.bound is None else f"{row.bound:.0f}%"
         lines.append(
             f"| {row.case} | {row.contender} | {row.mask} | {row.ms:.1f} | {row.reads:.2f} "
-            f"| {row.times_ours:.1f} | {peak} |"
+            f"| {bound} | {row.times_ours:.1f} | {peak} |"
         )
-    bound = (
-        f"{OURS}, one tensor: {100 * 2 / rows[0].reads:.0f}% of the bound of two plain reads; "
-        f"{100 * 2 / rows[0].sums:.0f}% of that of two calls of `torch.sum`."
-    )
-    lines += ["", bound, ""]
+    two = f"{OURS}, first case: {100 * 2 / rows[0].reads:.0f}% of the speed of two plain reads."
+    lines += ["", two, ""]
     lines += [f"{line}  " for line in report.header(machine).splitlines()]
     return "\n".join([*lines, f"`{command}`"]) + "\n"
 
@@ -288,7 +323,12 @@ def main(argv: Sequence[str] | None = None, *, results: Path = RESULTS, page: Pa
     machine = environment()
     # First the small ones, before large ones have come and gone in the heap.
     small = many_tensors(given.ratio, given.rounds)
-    rows = one_tensor(int(given.size), given.ratio, given.rounds) + small
+    size = int(given.size)
+    rows = one_tensor(size, given.ratio, given.rounds, rivals=True)
+    rows += one_tensor(size, 0.1, given.rounds)
+    for dtype in (torch.bfloat16, torch.float16):
+        rows += one_tensor(size, given.ratio, given.rounds, dtype)
+    rows += small
     print(markdown(machine, command, rows))
     if given.save:
         run = {"command": command, "environment": machine, "rows": [asdict(row) for row in rows]}
@@ -297,7 +337,7 @@ def main(argv: Sequence[str] | None = None, *, results: Path = RESULTS, page: Pa
         with replacing(results / name) as temporary:
             temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         update_marked(page, saved_runs(results))
-    ours = [row for row in rows if not row.contender.startswith(("torch", "kth"))]
+    ours = [row for row in rows if row.contender not in RIVALS]
     return int(any(row.mask != "same" for row in ours))
 
 

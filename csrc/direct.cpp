@@ -77,11 +77,12 @@ bool all_floating(const std::vector<View>& views) {
   });
 }
 
-// Runs f(allocate) without Python's lock and returns the tensors that it allocated.
+// Runs f(allocate) without Python's lock. Appends the tensors that it allocated to `results`, and
+// returns the memory of the last one.
 template <typename F>
-py::object results_of(const F& f) {
-  py::list results;
-  const auto allocate = [&results](ScalarType dtype, const std::vector<int64_t>& sizes) {
+void* run(py::list& results, const F& f) {
+  void* last = nullptr;
+  const auto allocate = [&](ScalarType dtype, const std::vector<int64_t>& sizes) {
     const py::gil_scoped_acquire lock;
     const py::handle type = dtype == ScalarType::Long   ? torch.int64
                             : dtype == ScalarType::Bool ? torch.boolean
@@ -90,13 +91,14 @@ py::object results_of(const F& f) {
     const py::object tensor =
         torch.empty(sizes, py::arg("dtype") = type, py::arg("device") = "cpu");
     results.append(tensor);
-    return static_cast<void*>(view_of(tensor.ptr()).value().data);
+    last = view_of(tensor.ptr()).value().data;
+    return last;
   };
   {
     const py::gil_scoped_release unlocked;
     f(allocate);
   }
-  return py::tuple(results);
+  return last;
 }
 
 // As the operators; None where the tensors are not all plain ones in the memory of the CPU, or what
@@ -110,20 +112,32 @@ py::object select_top(const py::list& scores, const py::list& remain, double wei
   for (const int64_t count : counts) {
     if (count < 0 || count > total) return py::none();
   }
-  return results_of([&](const cpu::topr::Allocate& allocate) {
+  py::list results;
+  run(results, [&](const cpu::topr::Allocate& allocate) {
     cpu::topr::select(*own, *other, weight, counts, allocate);
   });
+  return py::tuple(results);
 }
 
+// The third result lists the parameters in which something was zeroed.
 py::object zero_selected_(const py::list& parameters, const py::list& scores,
                           const py::list& remain, double weight, int64_t key,
                           const py::object& selected, const py::object& candidates, bool record) {
   const auto targets = views_of(parameters), own = views_of(scores), other = views_of(remain);
   const auto counts = view_of(selected.ptr()), groups = view_of(candidates.ptr());
   if (!targets || !own || !other || !counts || !groups || !all_floating(*own)) return py::none();
-  return results_of([&](const cpu::topr::Allocate& allocate) {
+  py::list results;
+  const void* layout = run(results, [&](const cpu::topr::Allocate& allocate) {
     cpu::topr::zero(*targets, *own, *other, weight, key, *counts, *groups, record, allocate);
   });
+  py::list changed;
+  const auto* count = static_cast<const int64_t*>(layout);
+  for (const py::handle parameter : parameters) {
+    if (*count != 0) changed.append(parameter);
+    count += cpu::topr::kLayoutColumns;
+  }
+  results.append(changed);
+  return py::tuple(results);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -161,15 +161,15 @@ def zero_selected_(
     arguments = (list(parameters), list(scores), list(remain), weight, *chosen)
     direct = _direct("zero_selected_", *arguments, record)
     if direct is not None:
-        data, layout = direct
+        data, layout, changed = direct
     else:
         _check_dtypes(scores)
         if not scores:
             return []
         with torch.no_grad():
             data, layout = torch.ops.fastfisher.zero_selected_.default(*arguments, record)
-    changed = layout[:, 0].nonzero()[:, 0].tolist()
-    torch.autograd.graph.increment_version([parameters[i] for i in changed])
+        changed = [parameters[i] for i in layout[:, 0].nonzero()[:, 0].tolist()]
+    torch.autograd.graph.increment_version(changed)
     if not record:
         return []
     # Row by row, torch makes a tensor of each.
@@ -198,7 +198,7 @@ def index_dtype(elements: int) -> torch.dtype:
     return torch.int32 if elements <= 2**31 else torch.int64
 
 
-def _direct(name: str, *arguments: object) -> tuple[Tensor, ...] | None:
+def _direct(name: str, *arguments: object) -> tuple[Any, ...] | None:
     """Call a compiled operator, unless its call has to be seen or it cannot judge its arguments."""
     if (
         not hasattr(ops._C, name)
@@ -207,7 +207,7 @@ def _direct(name: str, *arguments: object) -> tuple[Tensor, ...] | None:
         or torch._C._len_torch_function_stack()
     ):
         return None
-    return cast("tuple[Tensor, ...] | None", getattr(ops._C, name)(*arguments))
+    return cast("tuple[Any, ...] | None", getattr(ops._C, name)(*arguments))
 
 
 def _check_dtypes(scores: Sequence[Tensor]) -> None:

@@ -32,8 +32,12 @@ def test_a_run_is_saved_and_shown(
     assert topr.main(arguments, results=tmp_path / "results", page=page) == 0
     [path] = (tmp_path / "results").iterdir()
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 8 and all(row["ms"] > 0 and 1 <= row["rounds"] <= 2 for row in rows)
-    assert [row["mask"] for row in rows[:3]] == ["same"] * 3
+    assert len(rows) == 18 and all(row["ms"] > 0 and 1 <= row["rounds"] <= 2 for row in rows)
+    ours = [row for row in rows if row["contender"] not in topr.RIVALS]
+    assert len(ours) == 15 and all(row["mask"] == "same" for row in ours)
+    assert [row["bound"] is None for row in rows] == [False] * 3 + [True] * 2 + [False] * 9 + [
+        True
+    ] * 4
     section = topr.saved_runs(tmp_path / "results")
     assert page.read_text(encoding="utf-8") == (f"before\n{MARKS[0]}{section}{MARKS[1]}\nafter\n")
     assert capsys.readouterr().out.startswith(section)
@@ -48,6 +52,12 @@ def test_a_wrong_mask_of_ours_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(topr, "zero_top", one_less)
     assert topr.main(["--size", "3e4", "--rounds", "1"], results=tmp_path, page=tmp_path) == 1
+
+
+def test_touched_lines_are_those_of_16_floats() -> None:
+    zeroed = torch.zeros(40, dtype=torch.bool)
+    zeroed[[3, 5, 39]] = True  # two of three lines, the last of which is half a line
+    assert topr.touched_lines(zeroed) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ struct View {
 // its memory.
 using Allocate = std::function<void*(ScalarType dtype, const std::vector<int64_t>& sizes)>;
 
+// Numbers that `zero` tells of each parameter, the first of which is how many it zeroed.
+constexpr int64_t kLayoutColumns = 5;
+
 // The operators of fastfisher/topr.py; the tensors are allocated in the order of their results.
 void select(const std::vector<View>& scores, const std::vector<View>& remain, double weight,
             const std::vector<int64_t>& counts, const Allocate& allocate);

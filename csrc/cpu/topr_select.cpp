@@ -24,10 +24,10 @@ namespace {
 
 // The sample is large enough for a bracket of this part of the scores, or of half of what may be
 // collected where that is more; but at most kLargestSample of them or one in kSampleEvery.
-constexpr double kBracketed = 0.005;
+constexpr double kBracketed = 0.0035;
 constexpr int64_t kSampleEvery = 64, kLargestSample = int64_t{1} << 18;
 // For the first and the last ranks, too, the sample has so many scores in a part of that size.
-constexpr double kSampledInBracket = 64;
+constexpr double kSampledInBracket = 32;
 // Half the width of the bracket in standard deviations of the sampled rank: one call in some
 // hundreds needs another pass.
 constexpr double kMargin = 3.0;

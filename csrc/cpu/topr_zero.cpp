@@ -16,6 +16,7 @@ constexpr int64_t kAlignment = 16;
 struct Layout {
   int64_t count, index_width, code, values, runs;
 };
+static_assert(sizeof(Layout) == kLayoutColumns * sizeof(int64_t));
 
 // Some groups of a chunk.
 struct Groups {
@@ -274,7 +275,7 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
   });
   FF_CHECK_ZERO("selected", matches, "expected what select_top gave for these scores");
 #undef FF_CHECK_ZERO
-  void* rows = allocate(ScalarType::Long, {static_cast<int64_t>(layout.size()), 5});
+  void* rows = allocate(ScalarType::Long, {static_cast<int64_t>(layout.size()), kLayoutColumns});
   if (!layout.empty()) std::memcpy(rows, layout.data(), layout.size() * sizeof(Layout));
 }
 

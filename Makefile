@@ -24,7 +24,7 @@ CXX_FILES := find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -
 
 # A copy of the package with an instrumented module, and the tests that run native code.
 SANITIZED := build/sanitized
-NATIVE_TESTS := tests/test_ops.py tests/test_topr.py tests/test_recurrent_steps.py tests/test_fisher_layers.py
+NATIVE_TESTS := tests/test_ops.py tests/test_matrix_unit.py tests/test_topr.py tests/test_recurrent_steps.py tests/test_fisher_layers.py
 
 # Empty files in .venv that say which step was done last, and when.
 ENVIRONMENT := $(VENV)/.stamp-environment

@@ -23,7 +23,8 @@ from .random_stream import RandomStream
 from .recorder import Recorder, SampleAxis, Site
 from .reference import PerSampleLoss, call, samples_of
 from .result import FisherDiag, FisherGroups
-from .rules import ROUNDING, RULES
+from .rules import RULES
+from .rules.common import is_rounded
 from .rules.fallback import sum_grad_powers
 from .rules.joint import CopyingView, Occurrence, add_jointly, add_through_derived
 from .sums import Sums
@@ -828,15 +829,12 @@ class _Batch:
                 self.reasons[name] = f"{site.function}: used through a view that copies"
                 continue
             outs[slot] = out
-            self._finished(name, site.function)
+            self._finished(name, site.function, is_rounded(site.use, slot))
         return outs
 
-    def _finished(self, name: str, function: str) -> None:
+    def _finished(self, name: str, function: str, rounded: bool) -> None:
         self._done.add(name)
-        parameter = self.run.tracked[name]
-        # Weights, that is; biases and norms have no operands to round.
-        is_rounded = self.run.rounds and parameter.dtype == torch.float32 and parameter.dim() > 1
-        if is_rounded and not ROUNDING.isdisjoint(function.replace(",", "").split()):
+        if rounded:
             function += ", operands in bfloat16"
         self.run.rules.setdefault(name, function)
 
@@ -870,5 +868,6 @@ class _Batch:
                 # Before the first part: all have buffers of one format.
                 self.reasons.update(dict.fromkeys(names, str(error)))
                 return
+        rounded = any(is_rounded(site.use, slot) for site, slot, _ in uses)
         for name in names:
-            self._finished(name, functions)
+            self._finished(name, functions, rounded)

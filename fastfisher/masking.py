@@ -536,9 +536,7 @@ class _Zeroed:
         """Take the masked elements of ``parameter``; both have the same shape, on any devices."""
         values = parameter.detach()[mask.to(parameter.device)].cpu()
         flat = mask.reshape(-1).cpu()
-        index = flat.nonzero()[:, 0].to(topr.index_dtype(flat.numel()))
-        code = index if index.nbytes < _packed_size(flat.numel()) else topr.pack_bits(flat)
-        runs = int((flat[1:] & ~flat[:-1]).sum()) + int(flat[:1].any())
+        code, runs = topr.encode(flat)
         return cls(parameter.shape, code, values).shortest(runs)
 
     def shortest(self, runs: int) -> _Zeroed:

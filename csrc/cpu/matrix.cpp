@@ -20,6 +20,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -178,17 +179,11 @@ class MatrixOuter {
   // Phases, taps and the pitch. A tap's line is output line * stride + kh * dilation - pad; what is
   // left of that after a multiple of the stride is its phase.
   void plan_flat() {
-    int64_t least_h = 0, least_w = 0, most_h = 0, most_w = 0;
     const auto line_of = [&](int64_t kh) { return kh * p_.dilation_h - p_.pad_h; };
     const auto position_of = [&](int64_t kw) { return kw * p_.dilation_w - p_.pad_w; };
-    most_h = least_h = floor_div(line_of(0), p_.stride_h);
-    most_w = least_w = floor_div(position_of(0), p_.stride_w);
-    for (int64_t kh = 0; kh < p_.kernel_height; ++kh) {
-      most_h = std::max(most_h, floor_div(line_of(kh), p_.stride_h));
-    }
-    for (int64_t kw = 0; kw < p_.kernel_width; ++kw) {
-      most_w = std::max(most_w, floor_div(position_of(kw), p_.stride_w));
-    }
+    const int64_t least_h = floor_div(line_of(0), p_.stride_h);
+    const int64_t least_w = floor_div(position_of(0), p_.stride_w);
+    const int64_t most_w = floor_div(position_of(p_.kernel_width - 1), p_.stride_w);
     first_line_ = least_h;
     first_position_ = least_w;
     // Positions between two lines are zeros of the one's end and the other's beginning at once.
@@ -307,14 +302,22 @@ class MatrixOuter {
   int64_t phase_bytes() const { return terms_ * kMatrixSide * left_row_; }
   int64_t unrolled_row() const { return row_elements(segment_steps_ * kMatrixDepth) * kElement; }
 
-  // Bytes of a sample's packed left operand of one task.
-  int64_t left_sample(const Task& task) const {
-    if (single_) {
-      return round_up(task.channels, kMatrixSide) * (terms_ * left_row_ + tail_steps_ * kLine);
-    }
-    return task.unrolled ? terms_ * unrolled_rows_ * unrolled_row()
-                         : int64_t(phases_.size()) * phase_bytes();
+  // A task's packed left operand: rows of one term, bytes of one row, of a term, of a tail's step
+  // and of a sample.
+  int64_t left_rows(const Task& task) const {
+    if (single_) return round_up(task.channels, kMatrixSide);
+    return task.unrolled ? unrolled_rows_ : kMatrixSide;
   }
+  int64_t left_row(const Task& task) const { return task.unrolled ? unrolled_row() : left_row_; }
+  int64_t left_term(const Task& task) const { return left_rows(task) * left_row(task); }
+  int64_t left_tail_step(const Task& task) const { return left_rows(task) * kLine; }
+  int64_t left_sample(const Task& task) const {
+    if (!single_ && !task.unrolled) return int64_t(phases_.size()) * phase_bytes();
+    return terms_ * left_term(task) + tail_steps_ * left_tail_step(task);
+  }
+
+  // Bytes of one term of a packed block of the right operand.
+  int64_t right_term() const { return segment_steps_ * kMatrixSide * kLine; }
 
   int64_t most_left_bytes() const {
     int64_t most = 0;
@@ -381,7 +384,7 @@ class MatrixOuter {
   // Blocks [from, to) of a sample, position by position: they share the pages that those lie in.
   void pack_right(char* sample, int64_t n, int64_t from, int64_t to, int64_t segment) const {
     const int64_t chunks = segment_steps_ * kMatrixDepth / kMatrixChunk;
-    const int64_t term = segment_steps_ * kMatrixSide * kLine;
+    const int64_t term = right_term();
     for (int64_t chunk = 0; chunk < chunks; chunk += kChunksAtOnce) {
       const int64_t count = std::min(kChunksAtOnce, chunks - chunk);
       for (int64_t block = from; block < to; ++block) {
@@ -404,15 +407,11 @@ class MatrixOuter {
 
   int64_t tail_chunk() const { return steps_ * kMatrixDepth / kMatrixChunk; }
 
-  int64_t left_tail_step(const Task& task) const {
-    return round_up(task.channels, kMatrixSide) * kLine;
-  }
-
   void pack_left(char* to, char* scratch, const Task& task, int64_t n, int64_t segment) const {
     const int64_t first = segment * segment_steps_ * kMatrixDepth / kMatrixChunk;
     const int64_t chunks = packed_positions_ / kMatrixChunk;
     if (single_) {
-      const int64_t term = round_up(task.channels, kMatrixSide) * left_row_;
+      const int64_t term = left_term(task);
       const auto rows = [&](const Source& source) { return source.offset / left_row_; };
       const auto left_operand = [&](const Source& source) {
         return operand(gradient_left_, n, task.first_channel + rows(source), source.rows,
@@ -442,7 +441,7 @@ class MatrixOuter {
     if (!task.unrolled) return;
     const int64_t bytes = segment_steps_ * kMatrixDepth * kElement;
     for (int64_t term = 0; term < terms_; ++term) {
-      char* row = to + term * unrolled_rows_ * unrolled_row();
+      char* row = to + term * left_term(task);
       for (const Tap& tap : taps_) {
         const char* from = planes + tap.phase * phase_bytes() + term * kMatrixSide * left_row_ +
                            tap.shift * kElement;
@@ -460,12 +459,10 @@ class MatrixOuter {
                int64_t segment, float* sums, float* partial) const {
     alignas(64) float stack[kMatrixPair * kMatrixPair * kMatrixTile];
     MatrixTile tile{};
-    tile.left_row = task.unrolled ? unrolled_row() : left_row_;
-    tile.left_term = tile.left_row * (single_         ? round_up(task.channels, kMatrixSide)
-                                      : task.unrolled ? unrolled_rows_
-                                                      : kMatrixSide);
+    tile.left_row = left_row(task);
+    tile.left_term = left_term(task);
     tile.left_sample = left_sample(task);
-    tile.right_term = segment_steps_ * kMatrixSide * kLine;
+    tile.right_term = right_term();
     tile.right_block = right_block_;
     tile.right_sample = right_sample_;
     tile.partial_block = source_count_ * kMatrixTile;
@@ -504,12 +501,16 @@ class MatrixOuter {
     }
   }
 
-  // By the time that the sums are done, what they are added to is near.
-  void ask_for_out(const Task& task, int64_t s, int64_t b, const MatrixTile& tile) const {
+  // The row and the column of out that the tile of source s and block b begins at.
+  std::pair<int64_t, int64_t> place_in_out(const Task& task, int64_t s, int64_t b) const {
     const int64_t left = (task.first_source + s) * kMatrixSide;
     const int64_t right = b * kMatrixSide;
-    const int64_t row = gradient_left_ ? left : right;
-    const int64_t column = gradient_left_ ? right : left;
+    return gradient_left_ ? std::pair(left, right) : std::pair(right, left);
+  }
+
+  // By the time that the sums are done, what they are added to is near.
+  void ask_for_out(const Task& task, int64_t s, int64_t b, const MatrixTile& tile) const {
+    const auto [row, column] = place_in_out(task, s, b);
     const int64_t count = kMatrixSide * (gradient_left_ ? tile.sources : tile.blocks);
     const int64_t rows = std::min(count, p_.rows - row);
     for (int64_t r = 0; r < rows; ++r) {
@@ -523,11 +524,8 @@ class MatrixOuter {
                   const float* sums) const {
     for (int64_t i = 0; i < tile.sources; ++i) {
       for (int64_t j = 0; j < tile.blocks; ++j) {
-        const int64_t left = (task.first_source + s + i) * kMatrixSide;
-        const int64_t right = (b + j) * kMatrixSide;
+        const auto [row, column] = place_in_out(task, s + i, b + j);
         const float* const from = sums + j * tile.sum_block + i * kMatrixTile;
-        const int64_t row = gradient_left_ ? left : right;
-        const int64_t column = gradient_left_ ? right : left;
         const auto add = gradient_left_ ? k_.add_tile : k_.add_transposed_tile;
         add(out_ + row * p_.out_stride[0] + column, p_.out_stride[0],
             std::min(kMatrixSide, p_.rows - row), std::min(kMatrixSide, p_.columns - column), from,

@@ -18,7 +18,4 @@ RULES: dict[Function, Rule] = {
     **recurrent.RULES,
 }
 
-#: Names of the functions whose operands can be rounded.
-ROUNDING = frozenset(func.__name__ for func in (*linear.RULES, *conv.RULES))
-
-__all__ = ["ROUNDING", "RULES"]
+__all__ = ["RULES"]

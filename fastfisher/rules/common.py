@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recorder import Recorder, View
+from ..recorder import Recorder, Use, View
 
 
 def bind(
@@ -92,6 +92,11 @@ def as_dtype(tensor: Tensor, like: Tensor) -> Tensor:
 def rounded(recorder: Recorder, x: Tensor) -> Tensor | None:
     """``x`` in bfloat16 if ``recorder`` rounds operands and it is float32, else None."""
     return x.detach().bfloat16() if recorder.rounds and x.dtype == torch.float32 else None
+
+
+def is_rounded(use: Use, slot: str) -> bool:
+    """Whether ``use`` multiplies rounded operands for the gradient of ``slot``: not for a bias."""
+    return slot == "weight" and getattr(use, "short", None) is not None
 
 
 def as_operands(

@@ -23,7 +23,8 @@ def pybind11_include() -> str:
 def extension() -> CppExtension:
     major, minor = TORCH_TARGET
     x86 = platform.machine().lower() in {"x86_64", "amd64"}
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
+    found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in found)
     if not x86:
         sources = [name for name in sources if not name.endswith(("_avx2.cpp", "_avx512.cpp"))]
     # The matrix unit's state has to be asked for, which is written for Linux.

@@ -20,40 +20,31 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("fastfisher", "DEF")
-_library.define(
-    "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha, "
-    "int power=2) -> ()"
-)
-_library.define(
-    "conv2d_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, int[] stride, "
-    "int[] padding, int[] dilation, int groups, float alpha, int power=2) -> ()"
-)
-_library.define(
-    "channel_sum_grad_squared_(Tensor(a!)? weight, Tensor(b!)? bias, Tensor grad, Tensor? input, "
-    "Tensor? mean, Tensor? scale, Tensor(c!)? grad_input, Tensor? factor, float alpha, "
-    "int power=2) -> ()"
-)
-_library.define(
+SCHEMAS = (
+    "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha, int "
+    "power=2, bool allow_tf32=False) -> ()",
+    "conv2d_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, int[] stride, int[] "
+    "padding, int[] dilation, int groups, float alpha, int power=2, bool allow_tf32=False) -> "
+    "()",
+    "channel_sum_grad_squared_(Tensor(a!)? weight, Tensor(b!)? bias, Tensor grad, Tensor? "
+    "input, Tensor? mean, Tensor? scale, Tensor(c!)? grad_input, Tensor? factor, float alpha, "
+    "int power=2) -> ()",
     "embedding_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor index, int padding_index, "
-    "float alpha, int power=2) -> ()"
-)
-_library.define(
-    "lstm_step_(Tensor(a!) gates, Tensor? bias, Tensor cell, Tensor(b!) next_cell, "
-    "Tensor(c!) hidden) -> ()"
-)
-_library.define(
+    "float alpha, int power=2) -> ()",
+    "lstm_step_(Tensor(a!) gates, Tensor? bias, Tensor cell, Tensor(b!) next_cell, Tensor(c!) "
+    "hidden) -> ()",
     "lstm_step_backward_(Tensor(a!) grad_gates, Tensor(b!) grad_cell, Tensor? grad_output, "
-    "Tensor? grad_hidden, Tensor gates, Tensor cell, Tensor next_cell) -> ()"
+    "Tensor? grad_hidden, Tensor gates, Tensor cell, Tensor next_cell) -> ()",
+    "gru_step_(Tensor(a!) gates, Tensor product, Tensor? bias, Tensor hidden, Tensor(b!) "
+    "candidate, Tensor(c!) next_hidden) -> ()",
+    "gru_step_backward_(Tensor(a!) grad_gates, Tensor(b!) grad_product, Tensor(c!) "
+    "grad_hidden, Tensor? grad_output, Tensor gates, Tensor candidate, Tensor hidden) -> ()",
 )
-_library.define(
-    "gru_step_(Tensor(a!) gates, Tensor product, Tensor? bias, Tensor hidden, "
-    "Tensor(b!) candidate, Tensor(c!) next_hidden) -> ()"
-)
-_library.define(
-    "gru_step_backward_(Tensor(a!) grad_gates, Tensor(b!) grad_product, Tensor(c!) grad_hidden, "
-    "Tensor? grad_output, Tensor gates, Tensor candidate, Tensor hidden) -> ()"
-)
+"""The operators. Each backend that is not torch's own has the same ones in its own namespace."""
+
+_library = torch.library.Library("fastfisher", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
 
 # A default kernel forms per-sample gradients of this many elements at once, at most (or of one
 # sample, where that is more).

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "matrix_kernels.h"
-#include "problem.h"
+#include "../outer_shape.h"
 
 namespace fastfisher::cpu {
 

@@ -11,10 +11,11 @@ namespace fastfisher::cpu {
 
 using torch::stable::Tensor;
 
-void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha, int64_t power);
+void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha, int64_t power,
+                              bool allow_tf32);
 void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                              int64_t groups, double alpha, int64_t power);
+                              int64_t groups, double alpha, int64_t power, bool allow_tf32);
 void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tensor> bias,
                                Tensor grad, std::optional<Tensor> input, std::optional<Tensor> mean,
                                std::optional<Tensor> scale, std::optional<Tensor> grad_input,

@@ -1,10 +1,10 @@
-// What the outer family contracts, as its drivers see it.
+// A task of the outer family in plain numbers.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-namespace fastfisher::cpu {
+namespace fastfisher {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -23,4 +23,4 @@ struct Problem {
   bool absolute;
 };
 
-}  // namespace fastfisher::cpu
+}  // namespace fastfisher

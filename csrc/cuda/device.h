@@ -1,0 +1,28 @@
+// What kernels and launchers need of the CUDA language. The emulator that runs them on the host in
+// the tests has its own version of all of it, so a kernel includes this file, declares shared
+// memory with FF_SHARED or FF_DYNAMIC_SHARED, and is launched by FF_LAUNCH; under nvcc that is
+// plain CUDA.
+#pragma once
+
+#include <cstdint>
+
+#if defined(FASTFISHER_EMULATED)
+#include "cusim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Returns a cudaError_t as an int. `kernel` is in parentheses where it has template arguments.
+#define FF_LAUNCH(kernel, grid, block, shared, stream, ...)                         \
+  (kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
+   static_cast<int>(cudaGetLastError()))
+// To be called before a launch with more than 48 KiB of dynamic shared memory.
+#define FF_ALLOW_SHARED(kernel, bytes) \
+  static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+// FF_SHARED(float, tile, [16][64]);
+#define FF_SHARED(type, name, dims) __shared__ type name dims
+#define FF_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(16) unsigned char ff_dynamic_shared_[]; \
+  type* name = reinterpret_cast<type*>(ff_dynamic_shared_)
+#endif

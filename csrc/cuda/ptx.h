@@ -1,0 +1,41 @@
+// Instructions that CUDA C++ has no name for: inline PTX, or the emulator's functions.
+#pragma once
+
+#include "device.h"
+
+#if !defined(FASTFISHER_EMULATED)
+
+// Copies 4, 8 or 16 aligned bytes to shared memory in the background, or zeros where not `take`.
+template <int bytes>
+__device__ __forceinline__ void ff_cp_async(void* to, const void* from, bool take) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(take ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+                 "n"(bytes), "r"(take ? bytes : 0)
+                 : "memory");
+  }
+}
+// Ends a group of copies.
+__device__ __forceinline__ void ff_cp_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most `left` groups of this thread are under way.
+template <int left>
+__device__ __forceinline__ void ff_cp_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+// d [16, 8] += a [16, 16] b [16, 8], all of a warp, in the fragments' layout of the PTX manual.
+__device__ __forceinline__ void ff_mma_bf16(float (&d)[4], const unsigned (&a)[4],
+                                            const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif

@@ -35,11 +35,6 @@ PYBIND11_MODULE(_C, m) {
             {"compiler", __VERSION__},
             {"cxx_standard", std::to_string(__cplusplus)},
             {"torch_target", FASTFISHER_TORCH_TARGET},
-#if defined(FASTFISHER_CUDA)
-            {"cuda", "yes"},
-#else
-            {"cuda", "no"},
-#endif
         };
       },
       "How this module was compiled.");

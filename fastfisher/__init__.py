@@ -1,5 +1,6 @@
 """fastfisher: exact diagonal Fisher information for the price of one backward pass."""
 
+from .backends import backend
 from .fisher_diag import FallbackWarning, fisher_diag
 from .masking import Mask, fisher_mask_, random_mask_
 from .result import FisherDiag, FisherGroups
@@ -14,6 +15,7 @@ __all__ = [
     "Mask",
     "ParameterCheck",
     "UnlearnResult",
+    "backend",
     "fisher_diag",
     "fisher_mask_",
     "random_mask_",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import __version__, ops
+from . import __version__, backends, ops
 from .fisher_diag import fisher_diag
 from .reference import fisher_diag_loop
 
@@ -79,6 +79,8 @@ def checks() -> Iterator[Check]:
     yield _cpu()
     yield Check("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     yield _cuda()
+    for name in backends.names():
+        yield _backend(name)
     for name, purpose, needed in _PACKAGES:
         yield _package(name, purpose, needed)
     yield _self_test()
@@ -160,6 +162,28 @@ def _cuda() -> Check:
         )
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Check("CUDA", "ok", f"{torch.version.cuda}: {', '.join(devices)}")
+
+
+def _backend(name: str) -> Check:
+    try:
+        forced = backends.forced() == name
+    except (ValueError, RuntimeError) as error:
+        return Check(f"backend {name}", "broken", _line(error), f"unset {backends.VARIABLE}")
+    reason = backends.unavailable(name)
+    built = name == "cuda" and backends.load_cuda() is None
+    code = f", compiled for {backends.architectures()}" if built else ""
+    if reason is not None:
+        return Check(f"backend {name}", "missing", reason + code)
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = (
+        []
+        if backends.forced()
+        else [kind for kind in present if backends.serving(torch.device(kind)) == name]
+    )
+    if forced:
+        return Check(f"backend {name}", "ok", f"serves all tensors, by {backends.VARIABLE}{code}")
+    serves = f"serves tensors on {' and '.join(devices)}" if devices else "can serve, is not chosen"
+    return Check(f"backend {name}", "ok", serves + code)
 
 
 def _self_test() -> Check:

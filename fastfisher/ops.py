@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+
+from . import backends
 
 SCHEMAS = (
     "linear_sum_grad_squared_(Tensor(a!) out, Tensor grad, Tensor input, float alpha, int "
@@ -41,10 +43,6 @@ SCHEMAS = (
     "grad_hidden, Tensor? grad_output, Tensor gates, Tensor candidate, Tensor hidden) -> ()",
 )
 """The operators. Each backend that is not torch's own has the same ones in its own namespace."""
-
-_library = torch.library.Library("fastfisher", "DEF")
-for _schema in SCHEMAS:
-    _library.define(_schema)
 
 # A default kernel forms per-sample gradients of this many elements at once, at most (or of one
 # sample, where that is more).
@@ -117,7 +115,14 @@ def embedding_per_sample_grad(
     return out.scatter_add_(1, index.unsqueeze(-1).expand(-1, -1, columns), grad)
 
 
-def _linear_default(out: Tensor, grad: Tensor, input: Tensor, alpha: float, power: int = 2) -> None:
+def _linear_default(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    alpha: float,
+    power: int = 2,
+    allow_tf32: bool = False,
+) -> None:
     grad, input = grad.to(out.dtype), input.to(out.dtype)
     for part in _sample_chunks(grad.shape[0], out.numel()):
         per_sample = linear_per_sample_grad(grad[part], input[part])
@@ -134,6 +139,7 @@ def _conv2d_default(
     groups: int,
     alpha: float,
     power: int = 2,
+    allow_tf32: bool = False,
 ) -> None:
     grad, input = grad.to(out.dtype), input.to(out.dtype)
     for part in _sample_chunks(grad.shape[0], out.numel()):
@@ -261,24 +267,25 @@ def _fake(*_args: object, **_kwargs: object) -> None:
     """The operators only mutate their arguments, whose shapes their wrappers check."""
 
 
-for _name, _kernel in (
-    ("linear_sum_grad_squared_", _linear_default),
-    ("conv2d_sum_grad_squared_", _conv2d_default),
-    ("channel_sum_grad_squared_", _channel_default),
-    ("embedding_sum_grad_squared_", _embedding_default),
-    ("lstm_step_", _lstm_step_default),
-    ("lstm_step_backward_", _lstm_step_backward_default),
-    ("gru_step_", _gru_step_default),
-    ("gru_step_backward_", _gru_step_backward_default),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastfisher::{_name}", _fake, lib=_library)
-
-# Looked up once: these run for every layer of a backward pass.
-_linear = torch.ops.fastfisher.linear_sum_grad_squared_.default
-_conv2d = torch.ops.fastfisher.conv2d_sum_grad_squared_.default
-_channel = torch.ops.fastfisher.channel_sum_grad_squared_.default
-_embedding = torch.ops.fastfisher.embedding_sum_grad_squared_.default
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "linear_sum_grad_squared_": _linear_default,
+    "conv2d_sum_grad_squared_": _conv2d_default,
+    "channel_sum_grad_squared_": _channel_default,
+    "embedding_sum_grad_squared_": _embedding_default,
+    "lstm_step_": _lstm_step_default,
+    "lstm_step_backward_": _lstm_step_backward_default,
+    "gru_step_": _gru_step_default,
+    "gru_step_backward_": _gru_step_backward_default,
+}
+# ``fastfisher`` has compiled kernels too, where there are any for a tensor's device;
+# ``fastfisher_torch`` has only these.
+_libraries = [torch.library.Library(name, "DEF") for name in ("fastfisher", "fastfisher_torch")]
+for _library in _libraries:
+    for _schema in SCHEMAS:
+        _library.define(_schema)
+    for _name, _kernel in _KERNELS.items():
+        _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
 
 _C: Any = None
 _load_error: str | None = None
@@ -286,6 +293,7 @@ try:
     _C = importlib.import_module("fastfisher._C")
 except ImportError as error:
     _load_error = str(error)
+backends.load_cuda()
 
 
 def build_info() -> dict[str, object]:
@@ -322,8 +330,29 @@ def _are_operands(grad: Tensor, input: Tensor, out: Tensor) -> bool:
     return input.dtype == dtype
 
 
+def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    # The dispatcher looks at one tensor's device, and kernels read memory where they run.
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            _refuse(
+                op, argument, f"a tensor on {device}, as the others, got one on {tensor.device}"
+            )
+
+
+def _may_round(out: Tensor, allow_tf32: bool | None) -> bool:
+    if allow_tf32 is None:
+        return out.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return allow_tf32
+
+
 def linear_sum_grad_squared_(
-    out: Tensor, grad: Tensor, input: Tensor, *, alpha: float = 1.0, power: int = 2
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    *,
+    alpha: float = 1.0,
+    power: int = 2,
+    allow_tf32: bool | None = None,
 ) -> None:
     """``out[o, i] += alpha * sum_n (sum_t grad[n, t, o] * input[n, t, i])**2``.
 
@@ -334,9 +363,11 @@ def linear_sum_grad_squared_(
         input: ``[N, T, I]``, the layer's input, dtype of ``grad``.
         alpha: factor of the added squares.
         power: 2, or 1 for absolute values in place of squares.
+        allow_tf32: whether a GPU may round float32 operands to TF32, whose products are off by
+            1e-3; None is torch's own setting, ``torch.backends.cuda.matmul.allow_tf32``.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``power`` is neither.
+        ValueError: a shape, dtype or device does not fit, or ``power`` is neither.
     """
     op, g, x = "linear_sum_grad_squared_", grad.shape, input.shape
     if len(g) != 3:
@@ -349,13 +380,16 @@ def linear_sum_grad_squared_(
         _refuse(op, "grad, input", _OPERANDS)
     if power not in (1, 2):
         _refuse(op, "power", "1 or 2")
-    if g[1] == 1:
-        # One position: the square of a product is the product of squares, a plain GEMM.
+    _check_devices(op, out.device, grad=grad, input=input)
+    if g[1] == 1 and (_may_round(out, allow_tf32) or not _may_round(out, None)):
+        # One position: the square of a product is the product of squares, a plain GEMM; unless the
+        # BLAS would round what this call may not.
         grad, input = grad.squeeze(1).to(out.dtype), input.squeeze(1).to(out.dtype)
         powers = torch.square if power == 2 else torch.abs
         out.addmm_(powers(grad).t(), powers(input), alpha=alpha)
         return
-    _linear(out, grad, input, alpha, power)
+    operator = backends.operator("linear_sum_grad_squared_", out.device)
+    operator(out, grad, input, alpha, power, _may_round(out, allow_tf32))
     torch.autograd.graph.increment_version(out)
 
 
@@ -370,6 +404,7 @@ def conv2d_sum_grad_squared_(
     groups: int = 1,
     alpha: float = 1.0,
     power: int = 2,
+    allow_tf32: bool | None = None,
 ) -> None:
     """Adds the summed squares of per-sample weight gradients of a 2-d convolution to ``out``.
 
@@ -384,9 +419,10 @@ def conv2d_sum_grad_squared_(
         groups: of the convolution.
         alpha: factor of the added squares.
         power: 2, or 1 for absolute values in place of squares.
+        allow_tf32: see :func:`linear_sum_grad_squared_`.
 
     Raises:
-        ValueError: a shape does not fit, or ``power`` is neither.
+        ValueError: a shape or device does not fit, or ``power`` is neither.
     """
     op, g, x, o = "conv2d_sum_grad_squared_", grad.shape, input.shape, out.shape
     if len(g) != 4:
@@ -399,7 +435,10 @@ def conv2d_sum_grad_squared_(
         _refuse(op, "grad, input", _OPERANDS)
     if power not in (1, 2):
         _refuse(op, "power", "1 or 2")
-    _conv2d(out, grad, input, stride, padding, dilation, groups, alpha, power)
+    _check_devices(op, out.device, grad=grad, input=input)
+    operator = backends.operator("conv2d_sum_grad_squared_", out.device)
+    geometry = (stride, padding, dilation, groups)
+    operator(out, grad, input, *geometry, alpha, power, _may_round(out, allow_tf32))
     torch.autograd.graph.increment_version(out)
 
 
@@ -435,7 +474,7 @@ def channel_sum_grad_squared_(
         power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit, or ``power`` is neither.
+        ValueError: a shape or device does not fit, or ``power`` is neither.
     """
     op, g = "channel_sum_grad_squared_", grad.shape
     if len(g) != 3:
@@ -459,7 +498,19 @@ def channel_sum_grad_squared_(
         _refuse(op, "grad_input", "[N, T, C] with the strides of grad")
     if power not in (1, 2):
         _refuse(op, "power", "1 or 2")
-    _channel(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power)
+    _check_devices(
+        op,
+        grad.device,
+        weight=weight,
+        bias=bias,
+        input=input,
+        mean=mean,
+        scale=scale,
+        grad_input=grad_input,
+        factor=factor,
+    )
+    operator = backends.operator("channel_sum_grad_squared_", grad.device)
+    operator(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power)
     outs = [out for out in (weight, bias, grad_input) if out is not None]
     torch.autograd.graph.increment_version(outs)
 
@@ -484,7 +535,7 @@ def embedding_sum_grad_squared_(
         power: 2, or 1 for absolute values in place of squares.
 
     Raises:
-        ValueError: a shape does not fit, or ``power`` is neither.
+        ValueError: a shape or device does not fit, or ``power`` is neither.
     """
     op, g = "embedding_sum_grad_squared_", grad.shape
     if out.dim() != 2:
@@ -495,13 +546,17 @@ def embedding_sum_grad_squared_(
         _refuse(op, "index", "[N, T]")
     if power not in (1, 2):
         _refuse(op, "power", "1 or 2")
-    _embedding(out, grad, index.long(), padding_index, alpha, power)
+    _check_devices(op, out.device, grad=grad, index=index)
+    operator = backends.operator("embedding_sum_grad_squared_", out.device)
+    operator(out, grad, index.long(), padding_index, alpha, power)
     torch.autograd.graph.increment_version(out)
 
 
-def _step(operator: Any, default: Callable[..., None], gates: Tensor) -> Callable[..., None]:
+def _step(name: str, default: Callable[..., None], gates: Tensor) -> Callable[..., None]:
     """The operator, or its plain torch kernel where no compiled one takes the dtype."""
-    return operator.default if gates.dtype in (torch.float32, torch.float64) else default
+    if gates.dtype not in (torch.float32, torch.float64):
+        return default
+    return cast("Callable[..., None]", backends.operator(name, gates.device))
 
 
 def lstm_step_(
@@ -520,7 +575,7 @@ def lstm_step_(
         next_cell: ``[N, H]``, overwritten by the cell after it.
         hidden: ``[N, H]``, overwritten by the hidden state after it.
     """
-    step = _step(torch.ops.fastfisher.lstm_step_, _lstm_step_default, gates)
+    step = _step("lstm_step_", _lstm_step_default, gates)
     step(gates, bias, cell, next_cell, hidden)
     torch.autograd.graph.increment_version((gates, next_cell, hidden))
 
@@ -546,7 +601,7 @@ def lstm_step_backward_(
         cell: before the step.
         next_cell: after it.
     """
-    step = _step(torch.ops.fastfisher.lstm_step_backward_, _lstm_step_backward_default, gates)
+    step = _step("lstm_step_backward_", _lstm_step_backward_default, gates)
     step(grad_gates, grad_cell, grad_output, grad_hidden, gates, cell, next_cell)
     torch.autograd.graph.increment_version((grad_gates, grad_cell))
 
@@ -572,7 +627,7 @@ def gru_step_(
         candidate: ``[N, H]``, overwritten by the hidden state's share of the candidates.
         next_hidden: ``[N, H]``, overwritten by the hidden state after the step.
     """
-    step = _step(torch.ops.fastfisher.gru_step_, _gru_step_default, gates)
+    step = _step("gru_step_", _gru_step_default, gates)
     step(gates, product, bias, hidden, candidate, next_hidden)
     torch.autograd.graph.increment_version((gates, candidate, next_hidden))
 
@@ -599,6 +654,6 @@ def gru_step_backward_(
         candidate: as :func:`gru_step_` left it.
         hidden: before the step.
     """
-    step = _step(torch.ops.fastfisher.gru_step_backward_, _gru_step_backward_default, gates)
+    step = _step("gru_step_backward_", _gru_step_backward_default, gates)
     step(grad_gates, grad_product, grad_hidden, grad_output, gates, candidate, hidden)
     torch.autograd.graph.increment_version((grad_gates, grad_product, grad_hidden))

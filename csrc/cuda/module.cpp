@@ -8,5 +8,9 @@ PyMODINIT_FUNC PyInit__cuda() {
   definition.m_name = "_cuda";
   definition.m_doc = "The CUDA kernels; importing it registers them with torch.ops.fastfisher.";
   definition.m_size = -1;
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr) {
+    PyModule_AddStringConstant(module, "architectures", FASTFISHER_ARCHITECTURES);
+  }
+  return module;
 }

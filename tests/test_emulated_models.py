@@ -1,4 +1,4 @@
-"""Whole models by the emulated CUDA operators: what the rules hand over is what the kernels read."""
+"""Whole models by the emulated CUDA operators: what rules hand over is what the kernels read."""
 
 from __future__ import annotations
 

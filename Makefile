@@ -20,7 +20,7 @@ BUILD_REQUIRES := "setuptools>=77" wheel ninja pybind11
 
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard MANIFEST.in fastfisher/_build.py) \
                 $(shell find csrc -type f)
-CXX_FILES := find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \)
+CXX_FILES := find csrc tests/emulation -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \)
 
 # A copy of the package with an instrumented module, and the tests that run native code.
 SANITIZED := build/sanitized

@@ -11,16 +11,27 @@
 
 #include "../checks.h"
 
+#if defined(FASTFISHER_EMULATED)
+extern "C" const char* cusim_error();
+#define FF_LAUNCH_ERROR(error) cusim_error()
+#else
+#include <cuda_runtime_api.h>
+#define FF_LAUNCH_ERROR(error) cudaGetErrorString(static_cast<cudaError_t>(error))
+#endif
+
 // A launcher's error becomes an exception that names the operator.
 #define FF_CHECK_LAUNCH(op, call)                                                                 \
   do {                                                                                            \
     const int error = (call);                                                                     \
-    STD_TORCH_CHECK(error == 0, "fastfisher::" op ": the launch failed with CUDA error ", error); \
+    STD_TORCH_CHECK(error == 0, "fastfisher::" op ": the launch failed with CUDA error ", error,  \
+                    ": ", FF_LAUNCH_ERROR(error));                                                \
   } while (false)
 
 // FF_REGISTER(m) { m.impl("name", TORCH_BOX(&function)); }
 #if defined(FASTFISHER_EMULATED)
-#define FF_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(fastfisher_emulated, CPU, m)
+// FASTFISHER_EMULATED is the namespace's name, so that several builds may live in one process.
+#define FF_REGISTER_IN(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
+#define FF_REGISTER(m) FF_REGISTER_IN(FASTFISHER_EMULATED, m)
 #else
 #define FF_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(fastfisher, CUDA, m)
 #endif

@@ -1,30 +1,58 @@
 """Builds csrc/cuda for the host: the very sources, with cusim in place of CUDA.
 
-The library defines the operators of fastfisher for CPU tensors in ``torch.ops.fastfisher_emulated``.
-Objects are kept in ``build/emulated`` under a hash of all they were made of.
+The library defines the operators of fastfisher for CPU tensors, in a namespace of its own. Objects are
+kept in ``build/emulated`` under a hash of all they were made of.
+
+There are three kinds of build: ``plain``; ``checked``, whose kernels report what cucheck.cpp sees; and
+``sanitized``, under g++'s address and undefined-behaviour sanitizers, which wants their library loaded
+before Python (:func:`sanitizer_environment`).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import functools
 import hashlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastfisher import ops
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc"
 CUSIM = Path(__file__).parent / "cusim"
-NAMESPACE = "fastfisher_emulated"
 
-# cucheck receives what the compiler's thread sanitizer tells of every access; libtsan is not linked.
-KERNEL_FLAGS = {"plain": ["-O2"], "checked": ["-O1", "-g", "-fsanitize=thread"]}
+Kind = Literal["plain", "checked", "sanitized"]
+Order = Literal["forward", "reverse", "random"]
+
+NAMESPACES: dict[Kind, str] = {
+    "plain": "fastfisher_emulated",
+    "checked": "fastfisher_checked",
+    "sanitized": "fastfisher_sanitized",
+}
+ORDERS: dict[Order, int] = {"forward": 0, "reverse": 1, "random": 2}
+
+# cucheck receives what both sanitizers tell; neither's library is linked. Without scalar replacement
+# an access of 16 bytes stays one.
+_CHECKED = "-fsanitize=thread,alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero"
+_SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+KERNEL_FLAGS: dict[Kind, list[str]] = {
+    "plain": ["-O2"],
+    "checked": ["-O1", "-g", "-fno-tree-sra", _CHECKED],
+    "sanitized": _SANITIZED,
+}
+HOST_FLAGS: dict[Kind, list[str]] = {"plain": ["-O2"], "checked": ["-O2"], "sanitized": _SANITIZED}
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _include_flags() -> list[str]:
@@ -38,11 +66,13 @@ def _include_flags() -> list[str]:
 
 def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -> Path:
     command = [
-        os.environ.get("CXX", "g++"),
+        _compiler(),
         "-std=c++20",
         "-fPIC",
+        "-fvisibility=hidden",
+        # Two builds in one process share no variable.
+        "-fno-gnu-unique",
         "-march=x86-64-v3",
-        "-DFASTFISHER_EMULATED",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *_include_flags(),
         *flags,
@@ -51,9 +81,8 @@ def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -
         "-c",
         str(source),
     ]
-    key = hashlib.sha256("\0".join([*command, source.read_text(), inputs]).encode()).hexdigest()[
-        :20
-    ]
+    made_of = "\0".join([*command, source.read_text(), inputs])
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:20]
     target = directory / f"{source.stem}-{key}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
@@ -64,22 +93,40 @@ def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -
     return target
 
 
-def build(kind: str = "plain", sources: Path = ROOT / "csrc") -> Path:
+def build(
+    kind: Kind = "plain",
+    sources: Path = SOURCES,
+    namespace: str | None = None,
+    kernels: Sequence[Path] | None = None,
+) -> Path:
     """Compiles the sources under ``sources`` and returns the shared library.
 
     Args:
-        kind: ``"plain"``, or ``"checked"`` for one with cucheck's reports.
+        kind: how the kernels are compiled.
         sources: the directory ``csrc``, or a copy of it with other kernels.
+        namespace: where the operators shall be, in place of the kind's own.
+        kernels: ``.cu`` and ``.cpp`` files in place of those of ``sources / "cuda"``.
+
+    Raises:
+        RuntimeError: a file does not compile, or CUDA's headers were not found.
     """
     directory = ROOT / "build" / "emulated"
     directory.mkdir(parents=True, exist_ok=True)
     cuda = sources / "cuda"
     headers = [*sources.glob("*.h"), *cuda.glob("*.h"), *cuda.glob("*.cuh"), *CUSIM.glob("*.h")]
     inputs = "\0".join(path.read_text() for path in sorted(headers))
-    work = [(path, KERNEL_FLAGS[kind]) for path in sorted(cuda.glob("*.cu"))]
-    work += [(p, ["-O1"]) for p in sorted(cuda.glob("*.cpp")) if p.name != "module.cpp"]
-    runtime = ["cusim.cpp", "async.cpp", *(["cucheck.cpp"] if kind == "checked" else [])]
-    work += [(CUSIM / name, ["-O2"]) for name in runtime]
+    if kernels is None:
+        found = [*cuda.glob("*.cu"), *cuda.glob("*.cpp")]
+        kernels = sorted(path for path in found if path.name != "module.cpp")
+    here = f"-DFASTFISHER_EMULATED={namespace or NAMESPACES[kind]}"
+    work = []
+    for path in kernels:
+        if path.suffix == ".cu":  # the same in every namespace
+            work.append((path, [*KERNEL_FLAGS[kind], "-DFASTFISHER_EMULATED"]))
+        else:
+            work.append((path, [*HOST_FLAGS[kind], here]))
+    runtime = ["cusim.cpp", "async.cpp", "memory.cpp", *["cucheck.cpp"] * (kind == "checked")]
+    work += [(CUSIM / name, HOST_FLAGS[kind]) for name in runtime]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda each: _compile(*each, inputs, directory), work))
     key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
@@ -87,31 +134,96 @@ def build(kind: str = "plain", sources: Path = ROOT / "csrc") -> Path:
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")
         torch_lib = Path(torch.__file__).parent / "lib"
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), "-shared", "-o", str(unfinished), *map(str, objects)]
-            + [f"-L{torch_lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_lib}"],
-            check=True,
-        )
+        command = [_compiler(), "-shared", "-o", str(unfinished), *map(str, objects)]
+        command += ["-Wl,-Bsymbolic", "-Wl,--wrap=torch_call_dispatcher"]
+        command += ["-fsanitize=address,undefined"] * (kind == "sanitized")
+        command += [f"-L{torch_lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_lib}"]
+        subprocess.run(command, check=True)
         unfinished.rename(library)
     return library
 
 
 @functools.cache
-def emulated(kind: str = "plain") -> Any:
-    """The operators of the emulated build, as ``torch.ops.fastfisher`` has them.
-
-    One kind a process: both would register the same operators.
-    """
-    define_operators()
-    library = build(kind)
-    torch.ops.load_library(str(library))
-    return getattr(torch.ops, NAMESPACE)
+def runtime(library: Path) -> ctypes.CDLL:
+    """The emulator inside a library that :func:`build` made, for the functions of cusim's C API."""
+    loaded = ctypes.CDLL(str(library))
+    loaded.cusim_error.restype = ctypes.c_char_p
+    loaded.cusim_set.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    loaded.cusim_set.restype = None
+    loaded.cusim_region.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    loaded.cusim_region.restype = None
+    loaded.cusim_forget_regions.restype = None
+    if hasattr(loaded, "cucheck_take_reports"):
+        loaded.cucheck_take_reports.restype = ctypes.c_char_p
+    return loaded
 
 
 @functools.cache
-def define_operators() -> torch.library.Library:
-    """The schemas, for the library's kernels to be registered with."""
-    library = torch.library.Library(NAMESPACE, "DEF")
+def load(kind: Kind = "plain", sources: Path = SOURCES, namespace: str | None = None) -> Path:
+    """Builds a library and registers its operators; returns its path.
+
+    Args:
+        kind: how the kernels are compiled.
+        sources: the directory ``csrc``, or a copy of it with other kernels.
+        namespace: where the operators shall be; another one for each library in a process.
+    """
+    if kind == "sanitized" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise RuntimeError("a sanitized build needs a process of sanitizer_environment()")
+    library = build(kind, sources, namespace)
+    define_operators(namespace or NAMESPACES[kind])
+    torch.ops.load_library(str(library))
+    return library
+
+
+def emulated(kind: Kind = "plain", sources: Path = SOURCES, namespace: str | None = None) -> Any:
+    """The operators of an emulated build, as ``torch.ops.fastfisher`` has them.
+
+    Args:
+        kind: how the kernels are compiled. What a checked build reports has to be fetched:
+            :func:`tests.emulation.checked.checked` does.
+        sources: the directory ``csrc``, or a copy of it with other kernels.
+        namespace: where the operators shall be, in place of the kind's own.
+    """
+    load(kind, sources, namespace)
+    return getattr(torch.ops, namespace or NAMESPACES[kind])
+
+
+@contextmanager
+def scheduling(
+    order: Order, seed: int = 1, kind: Kind = "plain", library: Path | None = None
+) -> Iterator[None]:
+    """Lets threads and blocks of a build run in another order.
+
+    Args:
+        order: of the threads of a block, and of the blocks.
+        seed: of the random order.
+        kind: whose build, without ``library``.
+        library: the build, where it is not the kind's own.
+    """
+    emulator = runtime(library or load(kind))
+    emulator.cusim_set(ORDERS[order], seed)
+    try:
+        yield
+    finally:
+        emulator.cusim_set(ORDERS["forward"], 1)
+
+
+@functools.cache
+def define_operators(namespace: str = NAMESPACES["plain"]) -> torch.library.Library:
+    """The schemas, for a library's kernels to be registered with."""
+    library = torch.library.Library(namespace, "DEF")
     for schema in ops.SCHEMAS:
         library.define(schema)
     return library
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment of a process that may load a sanitized build."""
+    libraries = ["libasan.so", "libstdc++.so.6"]
+    found = [
+        subprocess.run(
+            [_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in libraries
+    ]
+    return {**os.environ, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}

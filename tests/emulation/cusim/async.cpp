@@ -1,33 +1,72 @@
-// cp.async for cusim: per-thread queues of pending copies; cucheck sees the read at issue and the write at the wait
-#include <cstring>
+// Copies to shared memory in the background. A thread's copy reads its source when it is issued,
+// leaves its destination undefined from then on, and writes it at the wait; the checker sees all
+// three.
+#include <cstdint>
 #include <deque>
 #include <vector>
-#include <map>
-#include <cstdint>
-extern "C" { __attribute__((weak)) void __tsan_read_range(void*, size_t); __attribute__((weak)) void __tsan_write_range(void*, size_t);
-void cusim_who(unsigned*, unsigned*, unsigned*, char**, size_t*); }
+
+#include "hooks.h"
+
 namespace cusim {
-void fail(const char*, ...);
-struct Op { void* s; unsigned bytes; unsigned char v[16]; };
-struct Q { std::vector<Op> cur; std::deque<std::vector<Op>> done; };
-static Q q[1024];
-static Q& me() { unsigned t, l, w; char* s; size_t n; cusim_who(&t, &l, &w, &s, &n); return q[t]; }
-static void reads(const void* p, unsigned n) { if (__tsan_read_range) __tsan_read_range((void*)p, n); }
-static void writes(void* p, unsigned n) { if (__tsan_write_range) __tsan_write_range(p, n); }
-void cp_async(void* s, const void* g, unsigned n, bool ok) {
-  if (n != 4 && n != 8 && n != 16) fail("cp.async of %u bytes", n);
-  if ((uintptr_t)s % n || (ok && (uintptr_t)g % n)) fail("cp.async address not aligned to its %u bytes", n);
-  Op o; o.s = s; o.bytes = n;
-  if (ok) { reads(g, n); memcpy(o.v, g, n); } else memset(o.v, 0, n);
-  writes(s, n); memset(s, 0xff, n);  // the destination is undefined from the issue to the wait
-  me().cur.push_back(o);
+namespace {
+
+struct Copy {
+  void* to;
+  unsigned bytes;
+  unsigned char value[16];
+};
+struct Copies {
+  std::vector<Copy> issued;
+  std::deque<std::vector<Copy>> groups;
+};
+Copies copies[1024];
+
+Copies& mine() { return copies[cur->linear]; }
+void checked_read(const void* from, unsigned bytes) {
+  if (__tsan_read_range) __tsan_read_range(const_cast<void*>(from), bytes);
 }
-void cp_commit() { Q& x = me(); x.done.push_back(std::move(x.cur)); x.cur.clear(); }
-void cp_wait(int left) {
-  Q& x = me();
-  while ((int)x.done.size() > left) {
-    for (Op& o : x.done.front()) { writes(o.s, o.bytes); memcpy(o.s, o.v, o.bytes); }
-    x.done.pop_front();
+void checked_write(void* to, unsigned bytes) {
+  if (__tsan_write_range) __tsan_write_range(to, bytes);
+}
+
+}  // namespace
+
+void reset_copies() {
+  for (Copies& each : copies) {
+    each.issued.clear();
+    each.groups.clear();
   }
 }
+
+void cp_async(void* to, const void* from, unsigned bytes, bool take) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async of %u bytes", bytes);
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+    fail("cp.async from %p to %p: not aligned to its %u bytes", from, to, bytes);
+  }
+  Copy copy{to, bytes, {}};
+  if (take) {
+    checked_read(from, bytes);
+    memcpy(copy.value, from, bytes);
+  }
+  checked_write(to, bytes);
+  memset(to, 0xff, bytes);
+  mine().issued.push_back(copy);
+}
+
+void cp_commit() {
+  mine().groups.push_back(std::move(mine().issued));
+  mine().issued.clear();
+}
+
+void cp_wait(int left) {
+  auto& groups = mine().groups;
+  while (groups.size() > static_cast<size_t>(left)) {
+    for (const Copy& copy : groups.front()) {
+      checked_write(copy.to, copy.bytes);
+      memcpy(copy.to, copy.value, copy.bytes);
+    }
+    groups.pop_front();
+  }
+}
+
 }  // namespace cusim

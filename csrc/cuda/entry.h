@@ -20,11 +20,11 @@ extern "C" const char* cusim_error();
 #endif
 
 // A launcher's error becomes an exception that names the operator.
-#define FF_CHECK_LAUNCH(op, call)                                                                 \
-  do {                                                                                            \
-    const int error = (call);                                                                     \
-    STD_TORCH_CHECK(error == 0, "fastfisher::" op ": the launch failed with CUDA error ", error,  \
-                    ": ", FF_LAUNCH_ERROR(error));                                                \
+#define FF_CHECK_LAUNCH(op, call)                                                                \
+  do {                                                                                           \
+    const int error = (call);                                                                    \
+    STD_TORCH_CHECK(error == 0, "fastfisher::" op ": the launch failed with CUDA error ", error, \
+                    ": ", FF_LAUNCH_ERROR(error));                                               \
   } while (false)
 
 // FF_REGISTER(m) { m.impl("name", TORCH_BOX(&function)); }

@@ -29,6 +29,40 @@ __device__ __forceinline__ void ff_cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements, lane i naming row i % 8 of matrix i / 8: r[m] is of
+// matrix m the elements (lane / 4, 2 * (lane % 4) and the next). Eight rows of 16 bytes are also 8
+// x 4 floats.
+__device__ __forceinline__ void ff_ldmatrix(unsigned (&r)[4], const void* row) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// The same of the matrices' transposes.
+__device__ __forceinline__ void ff_ldmatrix_trans(unsigned (&r)[4], const void* row) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The nearest number of 10 bits of mantissa, ties away from zero.
+__device__ __forceinline__ unsigned ff_tf32(float value) {
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return rounded;
+}
+// d [16, 8] += a [16, 8] b [8, 8] of tf32, all of a warp; lower bits of a and b are not read.
+__device__ __forceinline__ void ff_mma_tf32(float (&d)[4], const unsigned (&a)[4],
+                                            const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 // d [16, 8] += a [16, 16] b [16, 8], all of a warp, in the fragments' layout of the PTX manual.
 __device__ __forceinline__ void ff_mma_bf16(float (&d)[4], const unsigned (&a)[4],
                                             const unsigned (&b)[2]) {

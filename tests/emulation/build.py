@@ -1,11 +1,11 @@
 """Builds csrc/cuda for the host: the very sources, with cusim in place of CUDA.
 
-The library defines the operators of fastfisher for CPU tensors, in a namespace of its own. Objects are
-kept in ``build/emulated`` under a hash of all they were made of.
+The library defines the operators of fastfisher for CPU tensors, in a namespace of its own. Objects
+are kept in ``build/emulated`` under a hash of all they were made of.
 
-There are three kinds of build: ``plain``; ``checked``, whose kernels report what cucheck.cpp sees; and
-``sanitized``, under g++'s address and undefined-behaviour sanitizers, which wants their library loaded
-before Python (:func:`sanitizer_environment`).
+There are three kinds of build: ``plain``; ``checked``, whose kernels report what cucheck.cpp sees;
+and ``sanitized``, under g++'s address and undefined-behaviour sanitizers, which wants their library
+loaded before Python (:func:`sanitizer_environment`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ NAMESPACES: dict[Kind, str] = {
 }
 ORDERS: dict[Order, int] = {"forward": 0, "reverse": 1, "random": 2}
 
-# cucheck receives what both sanitizers tell; neither's library is linked. Without scalar replacement
-# an access of 16 bytes stays one.
+# cucheck receives what both sanitizers tell; neither's library is linked. Without scalar
+# replacement an access of 16 bytes stays one.
 _CHECKED = "-fsanitize=thread,alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero"
 _SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNEL_FLAGS: dict[Kind, list[str]] = {
@@ -125,8 +125,9 @@ def build(
             work.append((path, [*KERNEL_FLAGS[kind], "-DFASTFISHER_EMULATED"]))
         else:
             work.append((path, [*HOST_FLAGS[kind], here]))
-    runtime = ["cusim.cpp", "async.cpp", "memory.cpp", *["cucheck.cpp"] * (kind == "checked")]
-    work += [(CUSIM / name, HOST_FLAGS[kind]) for name in runtime]
+    parts = ["cusim.cpp", "async.cpp", "ldmatrix.cpp", "memory.cpp"]
+    parts += ["cucheck.cpp"] * (kind == "checked")
+    work += [(CUSIM / name, HOST_FLAGS[kind]) for name in parts]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda each: _compile(*each, inputs, directory), work))
     key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]

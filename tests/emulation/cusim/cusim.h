@@ -201,3 +201,30 @@ CUSIM_NOSAN inline void ff_mma_bf16(float (&d)[4], const unsigned (&a)[4], const
       });
   ::cusim::warp_release();
 }
+
+// Reads 19 bits of an operand, as the hardware does, so that a product of unrounded numbers is
+// seen.
+CUSIM_NOSAN inline void ff_mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const unsigned char* all =
+      ::cusim::warp_gather(0xffffffffu, ::cusim::op_mma_tf32, mine, sizeof mine, 0);
+  const auto number = [all](int lane, int index) CUSIM_NOSAN_L {
+    return __uint_as_float(::cusim::lane_register(all, 6, lane, index) & 0xffffe000u);
+  };
+  ::cusim::mma_16x8<8>(
+      d,
+      [number](int m, int k) CUSIM_NOSAN_L { return number(m % 8 * 4 + k % 4, k / 4 * 2 + m / 8); },
+      [number](int k, int n) CUSIM_NOSAN_L { return number(n * 4 + k % 4, 4 + k / 4); });
+  ::cusim::warp_release();
+}
+// Ties away from zero, as cvt.rna.tf32; infinities and NaN stay what they are.
+inline unsigned ff_tf32(float value) {
+  const unsigned bits = __float_as_uint(value);
+  if (!std::isfinite(value)) return bits | (std::isnan(value) ? 0x00400000u : 0u);
+  return (bits + 0x1000u) & 0xffffe000u;
+}
+
+inline void ff_ldmatrix(unsigned (&r)[4], const void* row) { ::cusim::ldmatrix(r, row, false); }
+inline void ff_ldmatrix_trans(unsigned (&r)[4], const void* row) {
+  ::cusim::ldmatrix(r, row, true);
+}

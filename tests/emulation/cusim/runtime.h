@@ -60,6 +60,9 @@ void cp_wait(int left);
 // Forgets the copies of the block before.
 void reset_copies();
 
+// Four 8 x 8 matrices of 16-bit elements from shared memory, by the rows that the lanes name.
+void ldmatrix(unsigned (&result)[4], const void* row, bool transposed);
+
 struct Launch {
   const char* name;
   const void* kernel;

@@ -6,7 +6,19 @@
 namespace cusim {
 
 // Operations that may meet each other only.
-enum Op { op_sync, op_xor, op_down, op_up, op_index, op_ballot, op_match, op_reduce, op_mma = 20 };
+enum Op {
+  op_sync,
+  op_xor,
+  op_down,
+  op_up,
+  op_index,
+  op_ballot,
+  op_match,
+  op_reduce,
+  op_mma,
+  op_mma_tf32,
+  op_ldmatrix
+};
 
 // What the lane that `source_of(lane)` names has; a lane whose source is negative keeps its own.
 template <class T, class F>

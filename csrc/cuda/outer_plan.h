@@ -1,0 +1,156 @@
+// How a task of the outer family is cut for the device. A group's gradient of one sample is a
+// matrix [rows, matrix_columns]; a thread block computes one tile of it for a split of the samples,
+// and adds its squares up. Plain numbers of the shape alone decide, never the device, so the bits
+// of a result do not depend on where it is computed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../outer_shape.h"
+
+namespace fastfisher::cuda {
+
+// A tile that a kernel offers.
+struct OuterTile {
+  int rows, columns;
+  int threads;
+  // Time of a multiply-add in a full tile, relative to the kernel's best tile.
+  double cost;
+};
+
+// What a launcher is given.
+struct OuterTask {
+  Problem problem;
+  const void* g;
+  const void* x;
+  void* out;
+  double alpha;
+  int tile;  // index of the chosen OuterTile
+  // A column is (kernel line, kernel position, channel) if so, else (channel, line, position).
+  bool channels_innermost;
+  // Positions are nearer in memory than channels, in x.
+  bool positions_fast;
+  // 16 bytes of consecutive rows (columns) of g (x) can be read at once, wherever they begin at a
+  // multiple of as many elements.
+  bool g_vector, x_vector;
+  // 16 bytes of a row of out, its columns in our order, can be written at once.
+  bool out_vector;
+  int64_t matrix_columns;
+  int64_t row_tiles, column_tiles;
+  // Split s has samples [s * split_samples, (s + 1) * split_samples).
+  int64_t splits, split_samples;
+  // [splits, groups, rows, matrix_columns] of the type of out, where splits > 1.
+  void* workspace;
+
+  int64_t entries() const { return problem.groups * problem.rows * matrix_columns; }
+  int64_t positions() const { return problem.out_height * problem.out_width; }
+  int64_t blocks() const { return problem.groups * row_tiles * column_tiles; }
+  int64_t workspace_elements() const { return splits > 1 ? splits * entries() : 0; }
+};
+
+// Threads that keep a device busy: about 128 multiprocessors with 256 each.
+constexpr int64_t kBusyThreads = 1 << 15;
+// So many times as many are launched, where the samples allow it, for the last ones to end together.
+constexpr int64_t kWaves = 4;
+// A split should have as many positions, for its sums to cost little.
+constexpr int64_t kSplitPositions = 256;
+constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
+// What the kernels' 32-bit counters can hold, with room for a tile.
+constexpr int64_t kCounterLimit = (int64_t{1} << 31) - (1 << 12);
+constexpr int64_t kGridLimit = 65535;  // of blockIdx.y and z
+
+// Whether the sizes within a sample fit the kernels' counters; strides and samples are unlimited.
+inline bool outer_countable(const Problem& p) {
+  return p.out_height * p.out_width < kCounterLimit && p.rows < kCounterLimit &&
+         p.columns * p.kernel_height * p.kernel_width < kCounterLimit &&
+         p.height + 2 * p.pad_h < kCounterLimit && p.width + 2 * p.pad_w < kCounterLimit &&
+         p.groups * ceil_div(p.rows, 32) * ceil_div(p.columns, 32) * p.kernel_height *
+                 p.kernel_width <
+             kCounterLimit;
+}
+
+inline bool is_multiple(int64_t extent, int64_t stride, int64_t of) {
+  return extent <= 1 || stride % of == 0;
+}
+
+// The layout of the operands, of `bytes` an element, and of out, of `out_bytes`.
+inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void* out, double alpha,
+                            int64_t bytes, int64_t out_bytes) {
+  OuterTask task{};
+  task.problem = p;
+  task.g = g;
+  task.x = x;
+  task.out = out;
+  task.alpha = alpha;
+  task.matrix_columns = p.columns * p.kernel_height * p.kernel_width;
+
+  const int64_t position =
+      p.out_width > 1 ? p.x_stride[3] * p.stride_w : p.x_stride[2] * p.stride_h;
+  task.positions_fast = p.columns * p.groups == 1 || position < p.x_stride[1];
+  task.channels_innermost = !task.positions_fast;
+
+  const auto aligned = [](const void* pointer) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+  };
+  const int64_t lanes = 16 / bytes;
+  task.g_vector = aligned(g) && p.g_stride[1] == 1 && p.rows % lanes == 0 &&
+                  is_multiple(p.samples, p.g_stride[0], lanes) &&
+                  is_multiple(p.out_height, p.g_stride[2], lanes) &&
+                  is_multiple(p.out_width, p.g_stride[3], lanes);
+  task.x_vector = task.channels_innermost && aligned(x) && p.x_stride[1] == 1 &&
+                  p.columns % lanes == 0 && is_multiple(p.samples, p.x_stride[0], lanes) &&
+                  is_multiple(p.height, p.x_stride[2], lanes) &&
+                  is_multiple(p.width, p.x_stride[3], lanes);
+
+  const int64_t kernel = p.kernel_height * p.kernel_width;
+  const int64_t want[3] = {
+      task.channels_innermost ? 1 : kernel,
+      task.channels_innermost ? p.kernel_width * p.columns : p.kernel_width,
+      task.channels_innermost ? p.columns : 1,
+  };
+  const int64_t out_lanes = 16 / out_bytes;
+  task.out_vector = aligned(out) && task.matrix_columns % out_lanes == 0 &&
+                    is_multiple(p.groups * p.rows, p.out_stride[0], out_lanes) &&
+                    (p.columns == 1 || p.out_stride[1] == want[0]) &&
+                    (p.kernel_height == 1 || p.out_stride[2] == want[1]) &&
+                    (p.kernel_width == 1 || p.out_stride[3] == want[2]);
+  return task;
+}
+
+// Splits the samples so that `blocks` blocks a split of `threads` keep a device busy.
+inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int64_t out_bytes) {
+  const Problem& p = task.problem;
+  const int64_t wanted = ceil_div(kWaves * kBusyThreads, blocks * threads);
+  const int64_t worth = ceil_div(p.samples * task.positions(), kSplitPositions);
+  const int64_t room = kWorkspaceBytes / (task.entries() * out_bytes);
+  const int64_t most = std::min({wanted, worth, room, p.samples, kGridLimit});
+  task.split_samples = ceil_div(p.samples, std::max<int64_t>(most, 1));
+  task.splits = ceil_div(p.samples, task.split_samples);
+}
+
+// Chooses a tile, then the splits. Neither samples nor sizes may be zero.
+template <size_t count>
+void plan_outer(OuterTask& task, const OuterTile (&tiles)[count], int64_t out_bytes) {
+  const Problem& p = task.problem;
+  const int64_t worth = ceil_div(p.samples * task.positions(), kSplitPositions);
+  double best = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const OuterTile& tile = tiles[i];
+    const int64_t row_tiles = ceil_div(p.rows, tile.rows);
+    const int64_t column_tiles = ceil_div(task.matrix_columns, tile.columns);
+    const int64_t blocks = p.groups * row_tiles * column_tiles * std::min(p.samples, worth);
+    const double busy = std::min(1.0, double(blocks) * tile.threads / kBusyThreads);
+    const double time =
+        double(row_tiles * column_tiles) * tile.rows * tile.columns * tile.cost / busy;
+    if (i == 0 || time < best) {
+      best = time;
+      task.tile = int(i);
+      task.row_tiles = row_tiles;
+      task.column_tiles = column_tiles;
+    }
+  }
+  split_samples(task, task.blocks(), tiles[task.tile].threads, out_bytes);
+}
+
+}  // namespace fastfisher::cuda

@@ -1,10 +1,20 @@
-// Launchers of the outer family: out += alpha * sum_n (sum_t g[n, t, o] x[n, t, i])^2.
+// Launchers of the outer family: out += alpha * sum_n (sum_t g[n, t, o] x[n, t, i])^2. Each returns
+// a cudaError_t; the pointers in a task are the device's.
 #pragma once
 
-#include "../outer_shape.h"
+#include "outer_plan.h"
+
+namespace fastfisher::cuda {
+
+constexpr OuterTile kSimtTiles[] = {{128, 128, 256, 1.0}, {64, 64, 128, 1.15}, {32, 32, 64, 1.5}};
+constexpr OuterTile kSimtDoubleTiles[] = {{64, 64, 256, 1.0}, {32, 32, 64, 1.1}};
+
+}  // namespace fastfisher::cuda
 
 extern "C" {
-// Returns a cudaError_t. `out`, `g` and `x` are device pointers.
-int ff_outer_simt_float(const fastfisher::Problem* problem, float* out, const float* g,
-                        const float* x, double alpha, void* stream);
+int ff_outer_simt_float(const fastfisher::cuda::OuterTask* task, void* stream);
+int ff_outer_simt_double(const fastfisher::cuda::OuterTask* task, void* stream);
+// Adds the splits' sums up, in order, and to out.
+int ff_outer_reduce_float(const fastfisher::cuda::OuterTask* task, void* stream);
+int ff_outer_reduce_double(const fastfisher::cuda::OuterTask* task, void* stream);
 }

@@ -36,17 +36,17 @@ struct OuterTask {
   bool g_vector, x_vector;
   // 16 bytes of a row of out, its columns in our order, can be written at once.
   bool out_vector;
+  int64_t positions;  // out_height * out_width
   int64_t matrix_columns;
+  int64_t entries;  // groups * rows * matrix_columns
   int64_t row_tiles, column_tiles;
   // Split s has samples [s * split_samples, (s + 1) * split_samples).
   int64_t splits, split_samples;
   // [splits, groups, rows, matrix_columns] of the type of out, where splits > 1.
   void* workspace;
 
-  int64_t entries() const { return problem.groups * problem.rows * matrix_columns; }
-  int64_t positions() const { return problem.out_height * problem.out_width; }
   int64_t blocks() const { return problem.groups * row_tiles * column_tiles; }
-  int64_t workspace_elements() const { return splits > 1 ? splits * entries() : 0; }
+  int64_t workspace_elements() const { return splits > 1 ? splits * entries : 0; }
 };
 
 // Threads that keep a device busy: about 128 multiprocessors with 256 each.
@@ -83,7 +83,9 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
   task.x = x;
   task.out = out;
   task.alpha = alpha;
+  task.positions = p.out_height * p.out_width;
   task.matrix_columns = p.columns * p.kernel_height * p.kernel_width;
+  task.entries = p.groups * p.rows * task.matrix_columns;
 
   const int64_t position =
       p.out_width > 1 ? p.x_stride[3] * p.stride_w : p.x_stride[2] * p.stride_h;
@@ -122,8 +124,8 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
 inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int64_t out_bytes) {
   const Problem& p = task.problem;
   const int64_t wanted = ceil_div(kWaves * kBusyThreads, blocks * threads);
-  const int64_t worth = ceil_div(p.samples * task.positions(), kSplitPositions);
-  const int64_t room = kWorkspaceBytes / (task.entries() * out_bytes);
+  const int64_t worth = ceil_div(p.samples * task.positions, kSplitPositions);
+  const int64_t room = kWorkspaceBytes / (task.entries * out_bytes);
   const int64_t most = std::min({wanted, worth, room, p.samples, kGridLimit});
   task.split_samples = ceil_div(p.samples, std::max<int64_t>(most, 1));
   task.splits = ceil_div(p.samples, task.split_samples);
@@ -133,7 +135,7 @@ inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int6
 template <size_t count>
 void plan_outer(OuterTask& task, const OuterTile (&tiles)[count], int64_t out_bytes) {
   const Problem& p = task.problem;
-  const int64_t worth = ceil_div(p.samples * task.positions(), kSplitPositions);
+  const int64_t worth = ceil_div(p.samples * task.positions, kSplitPositions);
   double best = 0;
   for (size_t i = 0; i < count; ++i) {
     const OuterTile& tile = tiles[i];

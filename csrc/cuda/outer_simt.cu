@@ -159,15 +159,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     }
   }
 
-  const OuterSink<T> sink(task, group, blockIdx.y);
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     const int row = first_row + (r / kLanes * kDown + down) * kLanes + r % kLanes;
     if (row >= p.rows) continue;
 #pragma unroll
     for (int k = 0; k < kColumnVectors; ++k) {
-      sink.template add<kLanes>(row, first_column + (k * Tile::kAcross + across) * kLanes,
-                                &sum[r][k * kLanes]);
+      deliver<kLanes>(task, blockIdx.y, group * p.rows + row,
+                      first_column + (k * Tile::kAcross + across) * kLanes, &sum[r][k * kLanes]);
     }
   }
 }

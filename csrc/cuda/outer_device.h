@@ -23,10 +23,13 @@ class Divider {
   int shift_ = 31;
 };
 
-// A column of a group's matrix. `offset` is where its x lies from the group's first channel, for a
+// In no image: a window or a column there adds nothing, nor do both together.
+constexpr int kOutside = -kCounterLimit;
+
+// A column of a group's matrix. `bytes` is where its x lies from the group's first channel, for a
 // window at (0, 0); `line` and `position` say how far into the window it reaches.
-struct Column {
-  int64_t offset;
+struct alignas(16) Column {
+  int64_t bytes;
   int line, position;
 };
 
@@ -46,40 +49,55 @@ __device__ __forceinline__ Tap tap_of(const OuterTask& task, int column) {
   return {line / lines, line % lines, column % positions};
 }
 
-// A column past the last one is in no image, wherever its window is.
+template <typename T>
 __device__ __forceinline__ Column column_of(const OuterTask& task, int column) {
-  if (column >= task.matrix_columns) return {0, INT32_MIN, 0};
+  if (column >= task.matrix_columns) return {0, kOutside, 0};
   const Problem& p = task.problem;
   const Tap tap = tap_of(task, column);
   const int64_t line = tap.line * p.dilation_h;
   const int64_t position = tap.position * p.dilation_w;
-  return {tap.channel * p.x_stride[1] + line * p.x_stride[2] + position * p.x_stride[3],
-          static_cast<int>(line), static_cast<int>(position)};
+  const int64_t offset =
+      tap.channel * p.x_stride[1] + line * p.x_stride[2] + position * p.x_stride[3];
+  return {offset * static_cast<int64_t>(sizeof(T)), static_cast<int>(line),
+          static_cast<int>(position)};
 }
 
-// Where out has (group, row, column).
-__device__ __forceinline__ int64_t out_offset(const OuterTask& task, int64_t row, int column) {
+// Where a row of out has a column.
+__device__ __forceinline__ int64_t tap_offset(const OuterTask& task, int column) {
   const int64_t* stride = task.problem.out_stride;
   const Tap tap = tap_of(task, column);
-  return row * stride[0] + tap.channel * stride[1] + tap.line * stride[2] +
-         tap.position * stride[3];
+  return tap.channel * stride[1] + tap.line * stride[2] + tap.position * stride[3];
 }
 
-// The window of an output position: its first line and position in the image, either may be in the
-// padding, and where g and x have it, from the sample's first element.
+// How windows follow each other: from one output line, or position, to the next in x, and where the
+// first one begins, which may be in the padding, before the image.
+struct Windows {
+  explicit Windows(const Problem& p)
+      : width(p.out_width),
+        x_line(p.stride_h * p.x_stride[2]),
+        x_position(p.stride_w * p.x_stride[3]),
+        x_first(-p.pad_h * p.x_stride[2] - p.pad_w * p.x_stride[3]) {}
+  Divider width;
+  int64_t x_line, x_position, x_first;
+};
+
+// The window of an output position: its first line and position in the image, and where g and x have
+// it, x counted from the first window.
 struct Window {
   int line, position;
   int64_t g, x;
 };
 
-__device__ __forceinline__ Window window_at(const Problem& p, const Divider& width, int at) {
+__device__ __forceinline__ Window window_at(const Problem& p, const Windows& windows, int at,
+                                            bool exists) {
   int line, position;
-  width.divide(at, line, position);
+  windows.width.divide(at, line, position);
+  const int64_t lines = static_cast<unsigned>(line), positions = static_cast<unsigned>(position);
   Window window;
-  window.g = line * p.g_stride[2] + position * p.g_stride[3];
-  window.line = line * static_cast<int>(p.stride_h) - static_cast<int>(p.pad_h);
+  window.g = lines * p.g_stride[2] + positions * p.g_stride[3];
+  window.x = lines * windows.x_line + positions * windows.x_position;
+  window.line = exists ? line * static_cast<int>(p.stride_h) - static_cast<int>(p.pad_h) : kOutside;
   window.position = position * static_cast<int>(p.stride_w) - static_cast<int>(p.pad_w);
-  window.x = window.line * p.x_stride[2] + window.position * p.x_stride[3];
   return window;
 }
 
@@ -90,8 +108,8 @@ __device__ __forceinline__ bool in_image(const Problem& p, const Window& window,
 }
 
 template <typename T>
-__device__ __forceinline__ T magnitude(T value, bool absolute) {
-  return absolute ? (value < 0 ? -value : value) : value * value;
+__device__ __forceinline__ const T* offset_bytes(const T* pointer, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(pointer) + bytes);
 }
 
 // Elements that are read and written at once.
@@ -100,31 +118,46 @@ struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
 
-// Adds `sums` of (row of all groups, column) and the following columns to out. `count` divides
-// column.
+// `count` consecutive columns of out, from one that `count` divides. Finding them takes divisions,
+// so it is done once for all rows.
 template <int count, typename T>
-__device__ __forceinline__ void add_to_out(const OuterTask& task, int64_t row, int column,
-                                           const T* sums) {
-  T* const out = static_cast<T*>(task.out);
-  const T alpha = static_cast<T>(task.alpha);
-  if (count > 1 && task.out_vector) {
-    auto* const to =
-        reinterpret_cast<Pack<T, count>*>(out + row * task.problem.out_stride[0] + column);
-    Pack<T, count> pack = *to;
+class OutColumns {
+ public:
+  __device__ __forceinline__ OutColumns(const OuterTask& task, int column)
+      : task_(task), vector_(count > 1 && task.out_vector) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) pack.at[i] += alpha * sums[i];
-    *to = pack;
-    return;
+    for (int i = 0; i < count; ++i) {
+      at_[i] = vector_ ? column + i : tap_offset(task, column + i);
+    }
+    left_ = static_cast<int>(task.matrix_columns) - column;
   }
+
+  // Adds to a row, counted over all groups.
+  __device__ __forceinline__ void add(int64_t row, const T* sums) const {
+    T* const out = static_cast<T*>(task_.out) + row * task_.problem.out_stride[0];
+    const T alpha = static_cast<T>(task_.alpha);
+    if (vector_) {
+      auto* const to = reinterpret_cast<Pack<T, count>*>(out + at_[0]);
+      Pack<T, count> pack = *to;
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if (column + i < task.matrix_columns) {
-      out[out_offset(task, row, column + i)] += alpha * sums[i];
+      for (int i = 0; i < count; ++i) pack.at[i] += alpha * sums[i];
+      *to = pack;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (i < left_) out[at_[i]] += alpha * sums[i];
     }
   }
-}
 
-// The same into what `split` has of the workspace, where it replaces what is there.
+ private:
+  const OuterTask& task_;
+  bool vector_;
+  int left_;
+  int64_t at_[count];
+};
+
+// The same of what `split` has of the workspace, where sums replace what is there.
 template <int count, typename T>
 __device__ __forceinline__ void put_in_workspace(const OuterTask& task, int64_t split, int64_t row,
                                                  int column, const T* sums) {
@@ -140,18 +173,6 @@ __device__ __forceinline__ void put_in_workspace(const OuterTask& task, int64_t 
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     if (column + i < task.matrix_columns) to[i] = sums[i];
-  }
-}
-
-// Where a block's sums go.
-template <int count, typename T>
-__device__ __forceinline__ void deliver(const OuterTask& task, int64_t split, int64_t row,
-                                        int column, const T* sums) {
-  if (column >= task.matrix_columns) return;
-  if (task.splits > 1) {
-    put_in_workspace<count>(task, split, row, column, sums);
-  } else {
-    add_to_out<count>(task, row, column, sums);
   }
 }
 

@@ -56,8 +56,8 @@ constexpr int64_t kWaves = 4;
 // A split should have as many positions, for its sums to cost little.
 constexpr int64_t kSplitPositions = 256;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
-// What the kernels' 32-bit counters can hold, with room for a tile.
-constexpr int64_t kCounterLimit = (int64_t{1} << 31) - (1 << 12);
+// What the kernels count within a sample in 32 bits stays below, so that sums of two do not overflow.
+constexpr int64_t kCounterLimit = int64_t{1} << 30;
 constexpr int64_t kGridLimit = 65535;  // of blockIdx.y and z
 
 // Whether the sizes within a sample fit the kernels' counters; strides and samples are unlimited.

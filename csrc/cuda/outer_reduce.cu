@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kReduceThreads) outer_reduce(const OuterTask t
     }
     const int64_t row = i * count / task.matrix_columns;
     const auto column = static_cast<int>(i * count - row * task.matrix_columns);
-    add_to_out<count>(task, row, column, sum);
+    OutColumns<count, T>(task, column).add(row, sum);
   }
 }
 

@@ -35,7 +35,7 @@ struct Tile {
 // `vector` copies 16 bytes at a time, of consecutive rows and columns; else single elements.
 template <class Tile, bool vector>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
-    outer_simt(const OuterTask task, const Divider width) {
+    outer_simt(const OuterTask task, const Windows windows) {
   using T = typename Tile::T;
   constexpr int kLanes = Tile::kLanes;
   using Vector = Pack<T, kLanes>;
@@ -50,16 +50,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   const Problem& p = task.problem;
   const int positions = static_cast<int>(task.positions);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t column_tile = blockIdx.x % task.column_tiles;
-  const int64_t row_tile = blockIdx.x / task.column_tiles % task.row_tiles;
-  const int64_t group = blockIdx.x / task.column_tiles / task.row_tiles;
-  const int first_column = static_cast<int>(column_tile) * Tile::kSide;
-  const int first_row = static_cast<int>(row_tile) * Tile::kSide;
+  const auto column_tiles = static_cast<unsigned>(task.column_tiles);
+  const auto row_tiles = static_cast<unsigned>(task.row_tiles);
+  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kSide;
+  const int first_row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * Tile::kSide;
+  const int64_t group = blockIdx.x / column_tiles / row_tiles;
   const int64_t first_sample = blockIdx.y * task.split_samples;
   const int64_t samples = min(task.split_samples, p.samples - first_sample);
 
   for (int i = thread; i < Tile::kSide / kCopied; i += Tile::kThreads) {
-    columns[i] = column_of(task, first_column + i * kCopied);
+    columns[i] = column_of<T>(task, first_column + i * kCopied);
   }
   __syncthreads();
 
@@ -70,29 +70,34 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   const T* g = static_cast<const T*>(task.g) + first_sample * p.g_stride[0] +
                (group * p.rows + first_row + feature * kCopied) * p.g_stride[1];
   const T* x = static_cast<const T*>(task.x) + first_sample * p.x_stride[0] +
-               group * p.columns * p.x_stride[1];
+               group * p.columns * p.x_stride[1] + windows.x_first;
+  constexpr int kRow = Tile::kPitch * kLanes;
+  T* const to_g = reinterpret_cast<T*>(shared_g[0][lane]) + feature * kCopied;
+  T* const to_x = reinterpret_cast<T*>(shared_x[0][lane]) + feature * kCopied;
   const int rows_left = static_cast<int>(p.rows) - first_row - feature * kCopied;
   int copied = 0;  // positions of the sample that g and x point to
   const auto copy_step = [&](int stage) {
+    const T *from_g[kPositionCopies], *from_x[kPositionCopies];
+    Window window[kPositionCopies];
+    int rows[kPositionCopies];
 #pragma unroll
     for (int i = 0; i < kPositionCopies; ++i) {
-      const int step = lane + i * Tile::kPositionLanes;
-      const bool exists = copied + step < positions;
-      const Window window = window_at(p, width, copied + step);
-      T* const to_g = reinterpret_cast<T*>(shared_g[stage][step]);
-      T* const to_x = reinterpret_cast<T*>(shared_x[stage][step]);
+      const int at = copied + lane + i * Tile::kPositionLanes;
+      window[i] = window_at(p, windows, at, at < positions);
+      rows[i] = at < positions ? rows_left : 0;
+      from_g[i] = g + window[i].g;
+      from_x[i] = x + window[i].x;
+    }
 #pragma unroll
-      for (int k = 0; k < kFeatureCopies; ++k) {
-        const int skipped = k * Tile::kFeatureLanes;
-        ff_cp_async<kBytes>(to_g + feature * kCopied + skipped,
-                            g + window.g + skipped * p.g_stride[1], exists && skipped < rows_left);
-      }
+    for (int k = 0; k < kFeatureCopies; ++k) {
+      const int skipped = k * Tile::kFeatureLanes;
+      const Column column = columns[feature + skipped];
 #pragma unroll
-      for (int k = 0; k < kFeatureCopies; ++k) {
-        const int at = feature + k * Tile::kFeatureLanes;
-        const Column column = columns[at];
-        ff_cp_async<kBytes>(to_x + at * kCopied, x + window.x + column.offset,
-                            exists && in_image(p, window, column));
+      for (int i = 0; i < kPositionCopies; ++i) {
+        ff_cp_async<kBytes>(to_g + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
+                            from_g[i] + skipped * p.g_stride[1], skipped < rows[i]);
+        ff_cp_async<kBytes>(to_x + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
+                            offset_bytes(from_x[i], column.bytes), in_image(p, window[i], column));
       }
     }
     ff_cp_commit();
@@ -124,18 +129,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
       __syncthreads();
       if (left > 1 || at + kSteps < positions) copy_step(stage ^ 1);
       // Positions past the sample's last one are zeros.
-      const int end = min(kSteps, positions - at);
-      for (int begin = 0; begin < end; begin += kUnrolled) {
+      const Vector* g_row = &shared_g[stage][0][down];
+      const Vector* x_row = &shared_x[stage][0][across];
+      for (int left_here = min(kSteps, positions - at); left_here > 0; left_here -= kUnrolled) {
 #pragma unroll
         for (int i = 0; i < kUnrolled; ++i) {
           Vector row[kRowVectors], column[kColumnVectors];
 #pragma unroll
           for (int k = 0; k < kRowVectors; ++k) {
-            row[k] = shared_g[stage][begin + i][down + k * kDown];
+            row[k] = g_row[i * Tile::kPitch + k * kDown];
           }
 #pragma unroll
           for (int k = 0; k < kColumnVectors; ++k) {
-            column[k] = shared_x[stage][begin + i][across + k * Tile::kAcross];
+            column[k] = x_row[i * Tile::kPitch + k * Tile::kAcross];
           }
 #pragma unroll
           for (int r = 0; r < Tile::kRows; ++r) {
@@ -146,6 +152,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
             }
           }
         }
+        g_row += kUnrolled * Tile::kPitch;
+        x_row += kUnrolled * Tile::kPitch;
       }
       stage ^= 1;
     }
@@ -153,20 +161,27 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     for (int r = 0; r < Tile::kRows; ++r) {
 #pragma unroll
       for (int c = 0; c < Tile::kColumns; ++c) {
-        sum[r][c] += magnitude(product[r][c], p.absolute);
+        sum[r][c] += product[r][c] * (p.absolute ? copysign(T{1}, product[r][c]) : product[r][c]);
         product[r][c] = 0;
       }
     }
   }
 
 #pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
-    const int row = first_row + (r / kLanes * kDown + down) * kLanes + r % kLanes;
-    if (row >= p.rows) continue;
+  for (int k = 0; k < kColumnVectors; ++k) {
+    const int first = first_column + (k * Tile::kAcross + across) * kLanes;
+    if (first >= task.matrix_columns) continue;
+    const OutColumns<kLanes, T> out(task, first);
 #pragma unroll
-    for (int k = 0; k < kColumnVectors; ++k) {
-      deliver<kLanes>(task, blockIdx.y, group * p.rows + row,
-                      first_column + (k * Tile::kAcross + across) * kLanes, &sum[r][k * kLanes]);
+    for (int r = 0; r < Tile::kRows; ++r) {
+      const int row = first_row + (r / kLanes * kDown + down) * kLanes + r % kLanes;
+      if (row >= p.rows) continue;
+      const int64_t group_row = group * p.rows + row;
+      if (task.splits > 1) {
+        put_in_workspace<kLanes>(task, blockIdx.y, group_row, first, &sum[r][k * kLanes]);
+      } else {
+        out.add(group_row, &sum[r][k * kLanes]);
+      }
     }
   }
 }
@@ -174,11 +189,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
 template <class Tile>
 int launch(const OuterTask& task, void* stream) {
   const dim3 grid(static_cast<unsigned>(task.blocks()), static_cast<unsigned>(task.splits));
-  const Divider width(task.problem.out_width);
+  const Windows windows(task.problem);
   if (task.g_vector && task.x_vector) {
-    return FF_LAUNCH((outer_simt<Tile, true>), grid, dim3(Tile::kThreads), 0, stream, task, width);
+    return FF_LAUNCH((outer_simt<Tile, true>), grid, dim3(Tile::kThreads), 0, stream, task, windows);
   }
-  return FF_LAUNCH((outer_simt<Tile, false>), grid, dim3(Tile::kThreads), 0, stream, task, width);
+  return FF_LAUNCH((outer_simt<Tile, false>), grid, dim3(Tile::kThreads), 0, stream, task, windows);
 }
 
 template <typename Number, int side, int rows, int columns, int blocks>

@@ -1,0 +1,45 @@
+"""Triton twins of the CUDA kernels, for devices that no compiled kernel fits.
+
+Importing this module imports triton, and registers the twins as ``torch.ops.fastfisher_triton.*``:
+for CUDA tensors, and with ``TRITON_INTERPRET=1`` for those on the CPU, where triton's interpreter
+runs them. Each has the schema and the meaning of the operator of its name in
+``torch.ops.fastfisher``; nothing is autotuned unless asked for (:mod:`fastfisher.triton.launch`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from .. import ops
+from . import launch, outer
+
+NAMESPACE = "fastfisher_triton"
+
+_FAMILIES: tuple[ModuleType, ...] = (outer,)
+# A family's module has a function of the operator's name for each operator it implements.
+KERNELS = {
+    name: getattr(family, name)
+    for name in (schema.partition("(")[0] for schema in ops.SCHEMAS)
+    for family in _FAMILIES
+    if hasattr(family, name)
+}
+"""The operators that have a twin, and its function, which takes the operator's arguments."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _fake(*_args: object, **_kwargs: object) -> None:
+    """The operators only mutate their arguments."""
+
+
+for _schema in ops.SCHEMAS:
+    _name = _schema.partition("(")[0]
+    if _name not in KERNELS:
+        continue
+    _library.define(_schema)
+    _library.impl(_name, KERNELS[_name], "CUDA")
+    if launch.INTERPRETED:
+        _library.impl(_name, KERNELS[_name], "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -54,8 +54,13 @@ _INTERPRETER = Target(0, 2)
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Block sizes of a kernel (its constexpr parameters) and how it is compiled."""
+    """Block sizes of a kernel (its constexpr parameters) and how it is compiled.
 
+    ``precision`` and ``shapes`` say which entry of the table they are of.
+    """
+
+    precision: str
+    shapes: str
     sizes: Mapping[str, int]
     num_warps: int
     num_stages: int
@@ -170,12 +175,12 @@ def choices(kernel: str, target: Target, precision: str, shapes: str) -> list[Bl
     capabilities = table()[kernel]
     fitting = [int(each) for each in capabilities if int(each) <= target.capability]
     entries = capabilities[str(max(fitting))][precision][shapes]
-    return [_blocks(entry) for entry in entries]
+    return [_blocks(precision, shapes, entry) for entry in entries]
 
 
-def _blocks(entry: Mapping[str, int]) -> Blocks:
+def _blocks(precision: str, shapes: str, entry: Mapping[str, int]) -> Blocks:
     sizes = {name: value for name, value in entry.items() if name not in ("warps", "stages")}
-    return Blocks(sizes, entry["warps"], entry["stages"])
+    return Blocks(precision, shapes, sizes, entry["warps"], entry["stages"])
 
 
 def tuned(

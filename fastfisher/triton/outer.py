@@ -35,8 +35,15 @@ from .launch import (
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 # Groups of fewer rows than this waste most of a tile of a matrix product.
 _ROWS_OF_A_TILE = 8
-# With fewer channels than this, a tile has more than one tap.
-_COLUMNS_OF_A_TILE = 16
+# A tile is of one tap, unless tiles of many taps together are this much fewer.
+_TILES_BY_TAP = 1.25
+
+# Whose values change nothing worth a compilation of its own.
+_ANY_VALUE = [
+    "alpha",
+    *("samples", "part_samples", "out_width", "height", "width", "sums_part"),
+    *("step_h", "step_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
+]
 
 
 @triton.jit
@@ -57,7 +64,7 @@ def _add(at, sums, valid, alpha, PARTS: tl.constexpr):  # type: ignore[no-untype
         tl.store(at, tl.load(at, mask=valid, other=0.0) + factor * sums, mask=valid)
 
 
-@triton.jit(do_not_specialize=["alpha"])
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def outer_tile(  # type: ignore[no-untyped-def]
     sums_ptr,
     grad_ptr,
@@ -97,6 +104,7 @@ def outer_tile(  # type: ignore[no-untyped-def]
     BY_TAP: tl.constexpr,
     PARTS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -120,8 +128,8 @@ def outer_tile(  # type: ignore[no-untyped-def]
         column_valid = column < columns
     else:
         flat = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        column = flat // taps
-        tap = flat % taps
+        column = flat % columns
+        tap = flat // columns
         column_valid = flat < columns * taps
     row_valid = row < rows
     line = tap // kernel_width
@@ -129,55 +137,57 @@ def outer_tile(  # type: ignore[no-untyped-def]
     # Where the tap's input begins; what is left of it depends on the position only.
     first_h = line * dilation_h - pad_h
     first_w = place * dilation_w - pad_w
-    channel = (group * rows + row).to(tl.int64)
-    grad_offset = channel * grad_c
-    input_offset = (group * columns + column).to(tl.int64) * input_c
+    channel = group * rows + row
+    grad_offset = channel.to(INDEX) * grad_c
+    input_offset = (group * columns + column).to(INDEX) * input_c
     if not LINEAR:
-        input_offset += first_h.to(tl.int64) * input_h + first_w.to(tl.int64) * input_w
+        input_offset += first_h.to(INDEX) * input_h + first_w.to(INDEX) * input_w
 
     dtype = sums_ptr.dtype.element_ty
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype)
     first = part * part_samples
     for n in range(first, min(first + part_samples, samples)):
         sample = tl.cast(n, tl.int64)
-        grads = grad_ptr + sample * grad_n + grad_offset[:, None]
-        inputs = input_ptr + sample * input_n + input_offset[None, :]
+        grads = grad_ptr + sample * grad_n
+        inputs = input_ptr + sample * input_n
         sample_grad = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype)
         for start in range(0, positions, BLOCK_POSITIONS):
             t = start + tl.arange(0, BLOCK_POSITIONS)
             t_valid = t < positions
             if LINEAR:
-                grad_at = t.to(tl.int64) * grad_w
-                input_at = t.to(tl.int64) * input_w
+                grad_at = t.to(INDEX) * grad_w
+                input_at = t.to(INDEX) * input_w
                 valid = t_valid[:, None] & column_valid[None, :]
             else:
                 h = t // out_width
                 w = t % out_width
                 if EVEN_GRAD:
-                    grad_at = t.to(tl.int64) * grad_w
+                    grad_at = t.to(INDEX) * grad_w
                 else:
-                    grad_at = h.to(tl.int64) * grad_h + w.to(tl.int64) * grad_w
+                    grad_at = h.to(INDEX) * grad_h + w.to(INDEX) * grad_w
                 h *= step_h
                 w *= step_w
-                input_at = h.to(tl.int64) * input_h + w.to(tl.int64) * input_w
+                input_at = h.to(INDEX) * input_h + w.to(INDEX) * input_w
                 at_h = h[:, None] + first_h[None, :]
                 at_w = w[:, None] + first_w[None, :]
                 inside = (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
                 valid = inside & t_valid[:, None] & column_valid[None, :]
             g = tl.load(
-                grads + grad_at[None, :], mask=row_valid[:, None] & t_valid[None, :], other=0.0
+                grads + (grad_offset[:, None] + grad_at[None, :]),
+                mask=row_valid[:, None] & t_valid[None, :],
+                other=0.0,
             )
-            x = tl.load(inputs + input_at[:, None], mask=valid, other=0.0)
+            x = tl.load(inputs + (input_offset[None, :] + input_at[:, None]), mask=valid, other=0.0)
             sample_grad = tl.dot(g, x, sample_grad, input_precision=PRECISION, out_dtype=dtype)
         sums += _powers(sample_grad, ABSOLUTE)
 
-    at = sums_ptr + part.to(tl.int64) * sums_part + channel[:, None] * sums_o
+    at = sums_ptr + part.to(tl.int64) * sums_part + channel.to(tl.int64)[:, None] * sums_o
     of_tap = line.to(tl.int64) * sums_h + place.to(tl.int64) * sums_w
     at += (column.to(tl.int64) * sums_c + of_tap)[None, :]
     _add(at, sums, row_valid[:, None] & column_valid[None, :], alpha, PARTS)
 
 
-@triton.jit(do_not_specialize=["alpha"])
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def outer_pairs(  # type: ignore[no-untyped-def]
     sums_ptr,
     grad_ptr,
@@ -216,6 +226,7 @@ def outer_pairs(  # type: ignore[no-untyped-def]
     EVEN_GRAD: tl.constexpr,
     PARTS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
@@ -233,18 +244,18 @@ def outer_pairs(  # type: ignore[no-untyped-def]
     tap_valid = tap < taps
     first_h = line * dilation_h - pad_h
     first_w = place * dilation_w - pad_w
-    grad_offset = channel.to(tl.int64) * grad_c
-    input_offset = (channel // rows * columns + column).to(tl.int64) * input_c
-    tap_offset = first_h.to(tl.int64) * input_h + first_w.to(tl.int64) * input_w
+    grad_offset = channel.to(INDEX) * grad_c
+    input_offset = (channel // rows * columns + column).to(INDEX) * input_c
+    tap_input = first_h.to(INDEX) * input_h + first_w.to(INDEX) * input_w
+    tap_input = tap_input[:, None] + input_offset[None, :]
 
     dtype = sums_ptr.dtype.element_ty
     sums = tl.zeros((BLOCK_TAPS, BLOCK_PAIRS), dtype)
     first = part * part_samples
     for n in range(first, min(first + part_samples, samples)):
         sample = tl.cast(n, tl.int64)
-        grads = grad_ptr + sample * grad_n + grad_offset[:, None]
+        grads = grad_ptr + sample * grad_n
         inputs = input_ptr + sample * input_n
-        inputs += tap_offset[:, None, None] + input_offset[None, :, None]
         products = tl.zeros((BLOCK_TAPS, BLOCK_PAIRS, BLOCK_POSITIONS), dtype)
         for start in range(0, positions, BLOCK_POSITIONS):
             t = start + tl.arange(0, BLOCK_POSITIONS)
@@ -252,21 +263,23 @@ def outer_pairs(  # type: ignore[no-untyped-def]
             h = t // out_width
             w = t % out_width
             if EVEN_GRAD:
-                grad_at = t.to(tl.int64) * grad_w
+                grad_at = t.to(INDEX) * grad_w
             else:
-                grad_at = h.to(tl.int64) * grad_h + w.to(tl.int64) * grad_w
+                grad_at = h.to(INDEX) * grad_h + w.to(INDEX) * grad_w
             h *= step_h
             w *= step_w
-            input_at = h.to(tl.int64) * input_h + w.to(tl.int64) * input_w
+            input_at = h.to(INDEX) * input_h + w.to(INDEX) * input_w
             at_h = first_h[:, None] + h[None, :]
             at_w = first_w[:, None] + w[None, :]
             inside = (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
             inside &= tap_valid[:, None] & t_valid[None, :]
             g = tl.load(
-                grads + grad_at[None, :], mask=pair_valid[:, None] & t_valid[None, :], other=0.0
+                grads + (grad_offset[:, None] + grad_at[None, :]),
+                mask=pair_valid[:, None] & t_valid[None, :],
+                other=0.0,
             )
             x = tl.load(
-                inputs + input_at[None, None, :],
+                inputs + (tap_input[:, :, None] + input_at[None, None, :]),
                 mask=inside[:, None, :] & pair_valid[None, :, None],
                 other=0.0,
             )
@@ -344,6 +357,20 @@ class _Layer:
         lines, width = self.grad.shape[2:]
         return lines == 1 or h == width * w
 
+    def index_type(self) -> Any:
+        """The integers that hold an offset of any element of a sample, padding included."""
+        padded = [size + pad for size, pad in zip(self.input.shape[2:], self.padding, strict=True)]
+        operands = (
+            (self.grad, self.grad.shape[1:]),
+            (self.input, (self.input.shape[1], *padded)),
+        )
+        extents = [
+            sum(size * stride for size, stride in zip(sizes, operand.stride()[1:], strict=True))
+            for operand, sizes in operands
+        ]
+        # A tile reaches beyond the last element, where nothing is read.
+        return tl.int32 if max(extents) < 2**30 else tl.int64
+
     def precision(self) -> str:
         name = str(self.grad.dtype).removeprefix("torch.")
         return "tf32" if self.tf32 and name == "float32" else name
@@ -356,6 +383,25 @@ def _parts(target: Target, tiles: int, samples: int) -> tuple[int, int]:
     return triton.cdiv(samples, part_samples), part_samples
 
 
+def _is_even(tensor: Tensor) -> bool:
+    """Whether 16 consecutive elements along some dimension can be loaded as vectors."""
+    strides = [stride for stride in tensor.stride() if stride > 1]
+    return (
+        1 in tensor.stride()
+        and all(stride % 16 == 0 for stride in strides)
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _tile_shapes(layer: _Layer, rows: int, columns: int) -> str:
+    """The class of shapes of :func:`outer_tile`: wide tiles need the registers for addresses."""
+    if rows <= 32:
+        return "thin"
+    if not (_is_even(layer.grad) and _is_even(layer.input)):
+        return "odd"
+    return "wide" if min(rows, columns) >= 128 else "narrow"
+
+
 def _add_layer(out: Tensor, layer: _Layer) -> None:
     """Adds to ``out``, ``[O, C / groups, KH, KW]``; everything has been checked."""
     rows, columns = out.shape[0] // layer.groups, out.shape[1]
@@ -366,7 +412,7 @@ def _add_layer(out: Tensor, layer: _Layer) -> None:
     if layer.groups > 1 and rows < _ROWS_OF_A_TILE:
         kernel, shapes = outer_pairs, "channels" if layer.input.stride(1) == 1 else "positions"
     else:
-        kernel, shapes = outer_tile, "wide" if min(rows, columns) > 64 else "narrow"
+        kernel, shapes = outer_tile, _tile_shapes(layer, rows, columns * taps)
 
     def body(blocks: Blocks, outs: Sequence[Tensor]) -> None:
         if kernel is outer_pairs:
@@ -376,11 +422,10 @@ def _add_layer(out: Tensor, layer: _Layer) -> None:
             )
             own: dict[str, Any] = {"pairs": pairs}
         else:
-            by_tap = taps == 1 or columns >= _COLUMNS_OF_A_TILE
-            width = blocks["BLOCK_COLUMNS"]
-            across = (
-                triton.cdiv(columns, width) * taps if by_tap else triton.cdiv(columns * taps, width)
-            )
+            flat = triton.cdiv(columns * taps, blocks["BLOCK_COLUMNS"])
+            across = triton.cdiv(columns, blocks["BLOCK_COLUMNS"]) * taps
+            by_tap = across <= _TILES_BY_TAP * flat
+            across = across if by_tap else flat
             tiles = layer.groups * across * triton.cdiv(rows, blocks["BLOCK_ROWS"])
             precision = "tf32" if layer.precision() == "tf32" else "ieee"
             own = {"LINEAR": linear, "BY_TAP": by_tap, "PRECISION": precision}
@@ -444,6 +489,7 @@ def _launch_layer(
         EVEN_GRAD=layer.grad_is_even(),
         PARTS=parts > 1,
         ABSOLUTE=layer.power == 1,
+        INDEX=layer.index_type(),
         **own,
     )
     if parts == 1:

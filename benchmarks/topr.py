@@ -87,7 +87,7 @@ def zero_top(
 
 def zero_top_plain(parameters: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> None:
     """The same by the operators' plain-torch kernels: a loop over the tensors."""
-    [chosen] = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k])).rows()
+    [chosen] = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k]), (k,)).rows()
     topr._zero_selected_default(parameters, scores, [], 1.0, *chosen, False)
 
 

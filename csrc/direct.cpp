@@ -121,20 +121,25 @@ py::object select_top(const py::list& scores, const py::list& remain, double wei
 
 // The third result lists the parameters in which something was zeroed.
 py::object zero_selected_(const py::list& parameters, const py::list& scores,
-                          const py::list& remain, double weight, int64_t key,
-                          const py::object& selected, const py::object& candidates, bool record) {
+                          const py::list& remain, double weight, const py::object& key,
+                          const py::object& selected, const py::object& candidates, int64_t count,
+                          bool record) {
   const auto targets = views_of(parameters), own = views_of(scores), other = views_of(remain);
-  const auto counts = view_of(selected.ptr()), groups = view_of(candidates.ptr());
-  if (!targets || !own || !other || !counts || !groups || !all_floating(*own)) return py::none();
+  const auto least = view_of(key.ptr()), counts = view_of(selected.ptr());
+  const auto groups = view_of(candidates.ptr());
+  if (!targets || !own || !other || !least || !counts || !groups || !all_floating(*own)) {
+    return py::none();
+  }
   py::list results;
   const void* layout = run(results, [&](const cpu::topr::Allocate& allocate) {
-    cpu::topr::zero(*targets, *own, *other, weight, key, *counts, *groups, record, allocate);
+    cpu::topr::zero(*targets, *own, *other, weight, *least, *counts, *groups, count, record,
+                    allocate);
   });
   py::list changed;
-  const auto* count = static_cast<const int64_t*>(layout);
+  const auto* zeroed = static_cast<const int64_t*>(layout);
   for (const py::handle parameter : parameters) {
-    if (*count != 0) changed.append(parameter);
-    count += cpu::topr::kLayoutColumns;
+    if (*zeroed != 0) changed.append(parameter);
+    zeroed += cpu::topr::kLayoutColumns;
   }
   results.append(changed);
   return py::tuple(results);

@@ -145,8 +145,9 @@ def plan_masks(
         MaskPlan(ratio, granularity, None if remain is None else weight, tuple(names), [])
         for ratio in ratios
     ]
-    not_finite = set()
-    for group in _grouped(names, scope):
+    finite: list[Tensor] = []
+    groups = _grouped(names, scope)
+    for group in groups:
         scores = [forget_values[name] for name in group]
         others = [remain_values[name] for name in group] if remain_values else []
         if granularity == "kernel":
@@ -157,10 +158,14 @@ def plan_masks(
         units = sum(score.numel() for score in scores)
         counts = [_unit_count(ratio, units) for ratio in ratios]
         found = topr.select_top(scores, counts, remain=others, weight=weight)
-        not_finite |= {n for n, ok in zip(group, found.finite.tolist(), strict=True) if not ok}
+        finite.append(found.finite)
         members = {name: parameters[name] for name in group}
         for plan, k, chosen in zip(plans, counts, found.rows(), strict=True):
             plan.groups.append(_Group(members, scores, others, weight, k, chosen))
+    # Read when all is under way: on another device than the CPU, the host has to wait.
+    is_finite = [ok for group in topr.on_cpu(finite) for ok in group.tolist()]
+    grouped = [name for group in groups for name in group]
+    not_finite = {name for name, ok in zip(grouped, is_finite, strict=True) if not ok}
     for name in names:
         if name in not_finite:
             raise ValueError(f"the score of parameter {name!r} is NaN or infinite")
@@ -192,11 +197,22 @@ class MaskPlan:
             The mask, which can undo itself.
         """
         zeroed: dict[str, _Zeroed] = {}
-        for group in self.groups:
-            zeroed |= group.zero_(self.granularity)
+        if self.granularity == "kernel":
+            for group in self.groups:
+                zeroed |= group.zero_kernels_()
+        else:
+            # Read when all is under way: on another device than the CPU, the host has to wait.
+            records = topr.Zeroing.records([group.start_zeroing_() for group in self.groups])
+            for group, record in zip(self.groups, records, strict=True):
+                for (name, parameter), part in zip(group.parameters.items(), record, strict=True):
+                    own = _Zeroed(parameter.shape, part.code, part.values)
+                    zeroed[name] = own.shortest(part.runs)
+        keys = topr.on_cpu([group.chosen.key for group in self.groups])
         # Adding 0.0 makes -0.0, which ranks as +0.0, read as 0.0.
         thresholds = [
-            topr.value_of(group.chosen.key, group.scores) + 0.0 for group in self.groups if group.k
+            topr.value_of(int(key), group.scores) + 0.0
+            for key, group in zip(keys, self.groups, strict=True)
+            if group.k
         ]
         return Mask(
             self.ratio,
@@ -229,27 +245,24 @@ class _Group:
     chosen: topr.Chosen
 
     @torch.no_grad()
-    def zero_(self, granularity: Granularity) -> dict[str, _Zeroed]:
-        """Zero what is selected, and return what it was."""
-        parameters = list(self.parameters.values())
-        if granularity == "kernel":
-            zeroed = _record(self.parameters, _masks(self.scores, self.chosen))
-            for parameter, part in zip(parameters, zeroed.values(), strict=True):
-                if part.values.numel():
-                    parameter.masked_fill_(part.mask().to(parameter.device), 0)
-            return zeroed
-        records = topr.zero_selected_(
-            parameters,
+    def zero_kernels_(self) -> dict[str, _Zeroed]:
+        """Zero the kernels that are selected, and return what they were."""
+        zeroed = _record(self.parameters, _masks(self.scores, self.chosen))
+        for parameter, part in zip(self.parameters.values(), zeroed.values(), strict=True):
+            if part.values.numel():
+                parameter.masked_fill_(part.mask().to(parameter.device), 0)
+        return zeroed
+
+    def start_zeroing_(self) -> topr.Zeroing:
+        """Zero the elements that are selected, and record what they were."""
+        return topr.start_zeroing_(
+            list(self.parameters.values()),
             self.scores,
             self.chosen,
             remain=self.remain,
             weight=self.weight,
             record=True,
         )
-        return {
-            name: _Zeroed(parameter.shape, part.code, part.values).shortest(part.runs)
-            for (name, parameter), part in zip(self.parameters.items(), records, strict=True)
-        }
 
 
 def random_mask_(

@@ -2,9 +2,11 @@
 
 ``select_top`` finds the largest scores of many tensors together, ``zero_selected_`` zeroes what
 they score. As with the operators of :mod:`fastfisher.ops`, the default kernels serve any device,
-the compiled ones take over on the CPU, and none is differentiable. Where nothing has to see the
-operators, the compiled kernels are called without torch's dispatcher, which takes longer to be
-handed many small tensors than the work itself.
+the compiled ones take over where there are some, and none is differentiable. What is selected stays
+on the device of the scores, so that compiled kernels can select and zero there without the host
+waiting for anything; :meth:`Zeroing.records` and :func:`value_of` wait. On the CPU, where nothing
+has to see the operators, the compiled kernels are called without torch's dispatcher, which takes
+longer to be handed many small tensors than the work itself.
 
 Order: larger first; equal scores by position, the earlier tensor and then the lower row-major index
 first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ranks below all else.
@@ -30,27 +32,33 @@ _DIGIT_BITS = 16
 _ALIGNMENT = 16
 _WORD = 64 * GROUP
 
-_library = torch.library.Library("fastfisher", "FRAGMENT")
-_library.define(
+SCHEMAS = (
     "select_top(Tensor[] scores, Tensor[] remain, float weight, int[] counts) -> "
-    "(Tensor keys, Tensor selected, Tensor finite, Tensor candidates)"
-)
-_library.define(
+    "(Tensor keys, Tensor selected, Tensor finite, Tensor candidates)",
     "zero_selected_(Tensor(a!)[] parameters, Tensor[] scores, Tensor[] remain, float weight, "
-    "int key, Tensor selected, Tensor candidates, bool record) -> (Tensor record, Tensor layout)"
+    "Tensor key, Tensor selected, Tensor candidates, int count, bool record) -> "
+    "(Tensor record, Tensor layout)",
 )
+"""The operators. Each backend that is not torch's own has the same ones in its own namespace."""
+
+_library = torch.library.Library("fastfisher", "FRAGMENT")
+for _schema in SCHEMAS:
+    _library.define(_schema)
 
 
 class Chosen(NamedTuple):
     """What one count selects: a row of a :class:`Selection`."""
 
-    key: int
+    key: Tensor
     selected: Tensor
     candidates: Tensor
+    count: int
 
 
 class Selection(NamedTuple):
     """What :func:`select_top` selects, for each of its ``counts`` (axis 0 of all but ``finite``).
+
+    The tensors are on the device of the scores, or on the CPU where these are on several.
 
     Attributes:
         keys: int64 ``[counts]``, the k-th largest score as an ordered integer, which
@@ -62,21 +70,23 @@ class Selection(NamedTuple):
         candidates: int64 ``[counts, words]``, one bit for each :data:`GROUP` elements of a tensor,
             the lowest bit first and each tensor in words of its own: no element is selected where
             the bit is 0. These groups are not read again.
+        counts: what was asked for.
     """
 
     keys: Tensor
     selected: Tensor
     finite: Tensor
     candidates: Tensor
+    counts: tuple[int, ...]
 
     def rows(self) -> list[Chosen]:
         """What each count selects."""
-        rows = zip(self.keys.tolist(), self.selected, self.candidates, strict=True)
+        rows = zip(self.keys, self.selected, self.candidates, self.counts, strict=True)
         return [Chosen(*row) for row in rows]
 
 
 class Zeroed(NamedTuple):
-    """What :func:`zero_selected_` zeroed in one tensor.
+    """What :func:`zero_selected_` zeroed in one tensor; on the CPU.
 
     Attributes:
         code: the ascending flat indices (int32, or int64 above 2**31 elements), or one bit per
@@ -88,6 +98,38 @@ class Zeroed(NamedTuple):
     code: Tensor
     values: Tensor
     runs: int
+
+
+class Zeroing(NamedTuple):
+    """What :func:`start_zeroing_` recorded, on the device of the scores.
+
+    Attributes:
+        parameters: what it was given.
+        data: uint8, all that was recorded.
+        layout: int64 ``[tensors, 5]``: of each tensor, how many elements were zeroed; bytes of an
+            index, or 0 where the record has bits; where in ``data`` the indices or bits begin, and
+            where the values; and the number of runs.
+    """
+
+    parameters: Sequence[Tensor]
+    data: Tensor
+    layout: Tensor
+
+    @staticmethod
+    def records(zeroings: Sequence[Zeroing]) -> list[list[Zeroed]]:
+        """What each of several calls zeroed in each of its tensors.
+
+        The host waits once for each device: it copies all at once.
+        """
+        parts = on_cpu([part for zeroing in zeroings for part in (zeroing.data, zeroing.layout)])
+        records = []
+        for zeroing, data, layout in zip(zeroings, parts[::2], parts[1::2], strict=True):
+            # Row by row, torch makes a tensor of each.
+            numbers = layout.flatten().tolist()
+            rows = zip(*(numbers[i::5] for i in range(5)), strict=True)
+            pairs = zip(zeroing.parameters, rows, strict=True)
+            records.append([_zeroed(data, parameter, *row) for parameter, row in pairs])
+        return records
 
 
 def select_top(
@@ -103,14 +145,15 @@ def select_top(
     of them misled; beside the result it takes memory of less than 1% of float32 scores.
 
     Args:
-        scores: floating-point tensors of any shape, strides, dtype and device.
+        scores: floating-point tensors of any shape, strides, dtype and device. Where they are on
+            several devices, the default kernels serve.
         counts: how many to select, each from 0 to the number of elements.
         remain: nothing, or for each score a tensor of its shape and dtype: what is ranked is then
             ``score - remain * weight``, computed in that dtype as two rounded operations.
         weight: of ``remain``.
 
     Returns:
-        The selection, on the CPU.
+        The selection.
 
     Raises:
         TypeError: a score is not of a floating-point dtype.
@@ -119,15 +162,16 @@ def select_top(
     """
     direct = _direct("select_top", list(scores), list(remain), weight, list(counts))
     if direct is not None:
-        return Selection(*direct)
+        return Selection(*direct, tuple(counts))
     _check_dtypes(scores)
     total = sum(map(Tensor.numel, scores))
     for k in counts:
         if not 0 <= k <= total:
             raise ValueError(f"k must be in 0..{total}, the number of scores, got {k}")
     # Without a tensor there is no device to dispatch on.
-    op = torch.ops.fastfisher.select_top.default if scores else _select_top_default
-    return Selection(*op(list(scores), list(remain), weight, list(counts)))
+    together = scores and _home([*scores, *remain]) is not None
+    op = torch.ops.fastfisher.select_top.default if together else _select_top_default
+    return Selection(*op(list(scores), list(remain), weight, list(counts)), tuple(counts))
 
 
 def zero_selected_(
@@ -143,12 +187,13 @@ def zero_selected_(
 
     Args:
         parameters: tensors of the shapes of ``scores``, of any strides and dtype, that share no
-            memory; the elements that are not selected keep their bits.
+            memory; the elements that are not selected keep their bits. Where not all tensors of the
+            call are on one device, the default kernels serve.
         scores: what :func:`select_top` was given.
         chosen: one of :meth:`Selection.rows`.
         remain: what :func:`select_top` was given.
         weight: what :func:`select_top` was given.
-        record: return what was zeroed.
+        record: return what was zeroed; the host waits for it.
 
     Returns:
         With ``record`` one entry per tensor, on the CPU, in one piece of memory; else nothing.
@@ -156,26 +201,55 @@ def zero_selected_(
     Raises:
         TypeError: a score is not of a floating-point dtype.
         RuntimeError: the numbers, shapes or dtypes of the tensors do not match, or ``chosen`` is
-            not of these scores. In the last case parameters may have been modified.
+            not of these scores. In the last case parameters may have been modified, and kernels of
+            another device than the CPU, which the host does not wait for, raise it later.
     """
-    arguments = (list(parameters), list(scores), list(remain), weight, *chosen)
-    direct = _direct("zero_selected_", *arguments, record)
+    zeroing = start_zeroing_(
+        parameters, scores, chosen, remain=remain, weight=weight, record=record
+    )
+    return Zeroing.records([zeroing])[0] if record else []
+
+
+def start_zeroing_(
+    parameters: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    chosen: Chosen,
+    *,
+    remain: Sequence[Tensor],
+    weight: float,
+    record: bool,
+) -> Zeroing:
+    """As :func:`zero_selected_`, but the record may be read later, with those of other calls."""
+    arguments = (list(parameters), list(scores), list(remain), weight, *chosen, record)
+    direct = _direct("zero_selected_", *arguments)
+    changed: Sequence[Tensor] = parameters
     if direct is not None:
         data, layout, changed = direct
     else:
         _check_dtypes(scores)
-        if not scores:
-            return []
+        together = scores and _home([*parameters, *scores, *remain, *chosen[:3]]) is not None
+        op = torch.ops.fastfisher.zero_selected_.default if together else _zero_selected_default
         with torch.no_grad():
-            data, layout = torch.ops.fastfisher.zero_selected_.default(*arguments, record)
-        changed = [parameters[i] for i in layout[:, 0].nonzero()[:, 0].tolist()]
+            data, layout = op(*arguments)
+        if layout.is_cpu:
+            changed = [parameters[i] for i in layout[:, 0].nonzero()[:, 0].tolist()]
     torch.autograd.graph.increment_version(changed)
-    if not record:
-        return []
-    # Row by row, torch makes a tensor of each.
-    numbers = layout.flatten().tolist()
-    rows = zip(*(numbers[i::5] for i in range(5)), strict=True)
-    return [_zeroed(data, p, *row) for p, row in zip(parameters, rows, strict=True)]
+    return Zeroing(parameters, data, layout)
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors to the CPU, those of a device all at once; those of the CPU are not copied."""
+    copies = list(tensors)
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in places]
+        # Each part begins where any dtype may.
+        sizes = [part.numel() + -part.numel() % _ALIGNMENT for part in flat]
+        padded = [torch.nn.functional.pad(f, (0, s - f.numel())) for f, s in zip(flat, sizes)]
+        for i, part in zip(places, torch.cat(padded).cpu().split(sizes), strict=True):
+            tensor = tensors[i]
+            copies[i] = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copies
 
 
 def value_of(key: int, scores: Sequence[Tensor]) -> float:
@@ -220,6 +294,12 @@ def _direct(name: str, *arguments: object) -> tuple[Any, ...] | None:
     ):
         return None
     return cast("tuple[Any, ...] | None", getattr(ops._C, name)(*arguments))
+
+
+def _home(tensors: Sequence[Tensor]) -> torch.device | None:
+    """The device that all tensors are on, or None."""
+    devices = {tensor.device for tensor in tensors}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _check_dtypes(scores: Sequence[Tensor]) -> None:
@@ -329,6 +409,7 @@ def _words(scores: Sequence[Tensor]) -> int:
 def _select_top_default(
     scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    home = _home([*scores, *remain]) or torch.device("cpu")
     scores = _scores("select_top", scores, remain, weight)
     dtype = _common_dtype(scores)
     keys = torch.full((len(counts),), _infinity(dtype) + 1, dtype=torch.int64)
@@ -345,7 +426,7 @@ def _select_top_default(
     finite = torch.tensor([bool(score.isfinite().all()) for score in scores], dtype=torch.bool)
     # A superset of the groups will do, and nothing is gained here by a smaller one.
     candidates = torch.full((len(counts), _words(scores)), -1)
-    return keys, selected, finite, candidates
+    return keys.to(home), selected.to(home), finite.to(home), candidates.to(home)
 
 
 def _zero_selected_default(
@@ -353,21 +434,25 @@ def _zero_selected_default(
     scores: Sequence[Tensor],
     remain: Sequence[Tensor],
     weight: float,
-    key: int,
+    key: Tensor,
     selected: Tensor,
     candidates: Tensor,
+    count: int,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "zero_selected_"
+    home = _home([*parameters, *scores, *remain, key, selected]) or torch.device("cpu")
     scores = _scores(op, scores, remain, weight)
     _check(op, "parameters", len(parameters) == len(scores), "one for each score")
     for parameter, score in zip(parameters, scores, strict=True):
         _check(op, "parameters", parameter.shape == score.shape, "the shapes of the scores")
+    selected, least = selected.cpu(), int(key)
+    _check(op, "selected", int(selected.sum()) == count, f"{count} in all")
     dtype = _common_dtype(scores)
     masks = []
     for score, counts in zip(scores, selected.split([*map(_chunks, scores)]), strict=True):
         keys = _ordered_keys(score, dtype)
-        above, tied = _chunked(keys > key), _chunked(keys == key)
+        above, tied = _chunked(keys > least), _chunked(keys == least)
         left = counts.to(keys.device) - above.sum(1)
         chosen = above | (tied & (tied.cumsum(1) <= left[:, None]))
         matches = torch.equal(chosen.sum(1).cpu(), counts)
@@ -390,24 +475,25 @@ def _zero_selected_default(
         mask = mask.to(parameter.device)
         flat = mask.reshape(-1).cpu()
         code, runs = encode(flat)
-        count = int(flat.sum())
+        zeroed = int(flat.sum())
         width = 0 if code.dtype == torch.uint8 else code.element_size()
         places = [keep(code), keep(parameter[mask].cpu())]
-        row.copy_(torch.tensor([count, width, *places, runs if record else 0]))
-        if count:
+        row.copy_(torch.tensor([zeroed, width, *places, runs if record else 0]))
+        if zeroed:
             parameter.masked_fill_(mask, 0)
     data = torch.cat(pieces) if record and pieces else torch.empty(0, dtype=torch.uint8)
-    return data, layout
+    return data.to(home), layout.to(home)
 
 
 def _select_top_fake(
     scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    home = _home([*scores, *remain])
     return (
-        torch.empty(len(counts), dtype=torch.int64),
-        torch.empty(len(counts), sum(map(_chunks, scores)), dtype=torch.int64),
-        torch.empty(len(scores), dtype=torch.bool),
-        torch.empty(len(counts), _words(scores), dtype=torch.int64),
+        torch.empty(len(counts), dtype=torch.int64, device=home),
+        torch.empty(len(counts), sum(map(_chunks, scores)), dtype=torch.int64, device=home),
+        torch.empty(len(scores), dtype=torch.bool, device=home),
+        torch.empty(len(counts), _words(scores), dtype=torch.int64, device=home),
     )
 
 
@@ -416,15 +502,17 @@ def _zero_selected_fake(
     scores: Sequence[Tensor],
     remain: Sequence[Tensor],
     weight: float,
-    key: int,
+    key: Tensor,
     selected: Tensor,
     candidates: Tensor,
+    count: int,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
+    home = _home([*parameters, *scores, *remain, key, selected])
     size = torch.library.get_ctx().new_dynamic_size() if record else 0
     return (
-        torch.empty(size, dtype=torch.uint8),
-        torch.empty(len(parameters), 5, dtype=torch.int64),
+        torch.empty(size, dtype=torch.uint8, device=home),
+        torch.empty(len(parameters), 5, dtype=torch.int64, device=home),
     )
 
 

@@ -159,7 +159,7 @@ def test_the_difference_is_rounded_twice_in_its_dtype(dtype: torch.dtype, kernel
         counts = [1, 13_333, 39_995]
         found = topr.select_top([forget], counts, remain=[remain], weight=weight)
         alone = topr.select_top([ranked], counts)
-        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[:4], alone[:4], strict=True))
 
 
 def test_denormals_are_told_apart_where_the_processor_flushes_them(kernels: str) -> None:
@@ -221,7 +221,7 @@ def test_same_bits_for_any_number_of_threads(kind: str, shapes: str) -> None:
                 parameters, scores, found.rows()[1], remain=remain, weight=WEIGHT, record=True
             )
             parts = [part for z in zeroed for part in (z.code, z.values, torch.tensor(z.runs))]
-            results.append([*found, *chosen_by(found, scores, remain), *parameters, *parts])
+            results.append([*found[:4], *chosen_by(found, scores, remain), *parameters, *parts])
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -234,7 +234,7 @@ def test_the_kernels_understand_what_the_others_selected(dtype: torch.dtype) -> 
     scores = [values("nan and inf", 20_000, dtype), values("heavily tied", 300, dtype)]
     order = stable_order(scores)
     for k in (0, 1, 5000, 12_000, 20_300):
-        plain = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k]))
+        plain = topr.Selection(*topr._select_top_default(scores, [], 1.0, [k]), (k,))
         fast = topr.select_top(scores, [k])
         assert torch.equal(plain.keys, fast.keys) and torch.equal(plain.selected, fast.selected)
         [chosen] = chosen_by(plain, scores, [])
@@ -441,10 +441,11 @@ def test_compiled_kernels_check_what_they_are_given() -> None:
         "parameters": [[torch.ones(2, 2)], [torch.ones(4), torch.ones(3)]],
         "scores": [[SCORES[0], SCORES[1].long()]],
         "remain": [SCORES[:1], [SCORES[0], SCORES[1].double()], [SCORES[0], SCORES[1][:1]]],
-        "key": [2**31, -(2**31)],
+        "key": [torch.tensor(2**31), torch.tensor(-(2**31)), torch.zeros(1).long()],
         "selected": [
             torch.zeros(2),
             torch.zeros(1).long(),
+            torch.tensor([2, 1]),
             torch.tensor([2, 2]),
             torch.tensor([9, 9]),
             torch.tensor([-1, 2]),
@@ -473,7 +474,7 @@ def test_a_selection_of_other_scores_is_refused(kernels: str) -> None:
 
 
 def test_bad_input_names_the_argument(kernels: str) -> None:
-    chosen = topr.Chosen(0, *torch.zeros(2, 2, dtype=torch.int64))
+    chosen = topr.Chosen(torch.tensor(0), *torch.zeros(2, 2, dtype=torch.int64), 0)
     for remain in (SCORES[:1], [SCORES[0], SCORES[1].double()], [SCORES[0], SCORES[1][:1]]):
         with pytest.raises(RuntimeError, match="select_top: remain: expected"):
             topr.select_top(SCORES, [1], remain=remain)

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores
                                                       std::vector<int64_t> counts);
 std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
                                           std::vector<Tensor> scores, std::vector<Tensor> remain,
-                                          double weight, int64_t key, Tensor selected,
-                                          Tensor candidates, bool record);
+                                          double weight, Tensor key, Tensor selected,
+                                          Tensor candidates, int64_t count, bool record);
 
 }  // namespace fastfisher::cpu

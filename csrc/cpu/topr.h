@@ -46,7 +46,7 @@ constexpr int64_t kLayoutColumns = 5;
 void select(const std::vector<View>& scores, const std::vector<View>& remain, double weight,
             const std::vector<int64_t>& counts, const Allocate& allocate);
 void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
-          const std::vector<View>& remain, double weight, int64_t key, const View& selected,
-          const View& candidates, bool record, const Allocate& allocate);
+          const std::vector<View>& remain, double weight, const View& key, const View& selected,
+          const View& candidates, int64_t count, bool record, const Allocate& allocate);
 
 }  // namespace fastfisher::cpu::topr

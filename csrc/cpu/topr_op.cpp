@@ -48,16 +48,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_top(std::vector<Tensor> scores
 
 std::tuple<Tensor, Tensor> zero_selected_(std::vector<Tensor> parameters,
                                           std::vector<Tensor> scores, std::vector<Tensor> remain,
-                                          double weight, int64_t key, Tensor selected,
-                                          Tensor candidates, bool record) {
+                                          double weight, Tensor key, Tensor selected,
+                                          Tensor candidates, int64_t count, bool record) {
   std::vector<View> targets;
   targets.reserve(parameters.size());
   for (const Tensor& parameter : parameters) {
     targets.push_back(view_of(parameter, parameter.mutable_data_ptr()));
   }
   std::vector<Tensor> results;
-  topr::zero(targets, reading(scores), reading(remain), weight, key, reading(selected),
-             reading(candidates), record, allocate_into(results));
+  topr::zero(targets, reading(scores), reading(remain), weight, reading(key), reading(selected),
+             reading(candidates), count, record, allocate_into(results));
   return {results[0], results[1]};
 }
 

@@ -219,19 +219,25 @@ bool is_row(const View& view, int64_t size) {
   return view.dtype == ScalarType::Long && view.dim == 1 && view.count == size && view.contiguous;
 }
 
+bool is_number(const View& view) {
+  return view.dtype == ScalarType::Long && view.dim == 0;
+}
+
 }  // namespace
 
 void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
-          const std::vector<View>& remain, double weight, int64_t key, const View& selected,
-          const View& candidates, bool record, const Allocate& allocate) {
+          const std::vector<View>& remain, double weight, const View& key, const View& selected,
+          const View& candidates, int64_t count, bool record, const Allocate& allocate) {
 #define FF_CHECK_ZERO(argument, condition, ...) \
   FF_CHECK("zero_selected_", argument, condition, __VA_ARGS__)
   const Scores all("zero_selected_", scores, remain, weight);
   FF_CHECK_ZERO("parameters", parameters.size() == scores.size(), "expected one for each score");
+  FF_CHECK_ZERO("key", is_number(key), "expected int64, of no dimension");
+  const int64_t least = *reinterpret_cast<const int64_t*>(key.data);
   all.with_type([&]<typename T>() {
     constexpr int64_t infinity = KeyOf<Wide<T>>::infinity;
-    FF_CHECK_ZERO("key", -infinity - 1 <= key && key <= infinity + 1,
-                  "expected that of a score, got ", key);
+    FF_CHECK_ZERO("key", -infinity - 1 <= least && least <= infinity + 1,
+                  "expected that of a score, got ", least);
   });
   FF_CHECK_ZERO("selected", is_row(selected, all.chunks()),
                 "expected int64, one for each chunk of ", kChunk, " scores");
@@ -246,11 +252,14 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
     FF_CHECK_ZERO("parameters", width <= 16 && std::has_single_bit(static_cast<uint32_t>(width)),
                   "expected elements of 1, 2, 4, 8 or 16 bytes");
   }
+  int64_t total = 0;
   for (int64_t c = 0; c < all.chunks(); ++c) {
     FF_CHECK_ZERO("selected", counts[c] >= 0 && counts[c] <= all.chunk[c].count,
                   "expected at most what a chunk has, got ", counts[c]);
     layout[all.chunk[c].tensor].count += counts[c];
+    total += counts[c];
   }
+  FF_CHECK_ZERO("selected", total == count, "expected ", count, " in all, got ", total);
   int64_t end = 0;
   const auto reserve = [&end](int64_t bytes) {
     const int64_t begin = end;
@@ -269,7 +278,7 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
   bool matches = false;
   all.with_type([&]<typename T>() {
     matches =
-        Zeroing<T>(all, parameters, key, counts, reinterpret_cast<const uint64_t*>(candidates.data),
+        Zeroing<T>(all, parameters, least, counts, reinterpret_cast<const uint64_t*>(candidates.data),
                    layout, record ? bytes : nullptr)
             .run();
   });

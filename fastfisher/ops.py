@@ -178,7 +178,7 @@ def _embedding_default(
     sample = torch.arange(samples, device=index.device).unsqueeze(1)
     keys, inverse = torch.unique((sample * out.shape[0] + index).flatten(), return_inverse=True)
     sums = grad.new_zeros(keys.shape[0], columns)
-    sums.index_add_(0, inverse, grad.reshape(-1, columns))
+    sums.index_add_(0, inverse, grad.flatten(0, 1))
     tokens = keys % out.shape[0]
     kept = tokens != padding_index
     out.index_add_(0, tokens[kept], powers_(sums[kept], power), alpha=alpha)

@@ -61,7 +61,7 @@ def _include_flags() -> list[str]:
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
     if not (cuda / "crt" / "host_defines.h").exists():
         raise RuntimeError("CUDA's headers were not found; set CUDA_HOME to a toolkit")
-    return [f"-I{CUSIM}", f"-isystem{torch_include}", f"-isystem{cuda}"]
+    return [f"-I{CUSIM}", f"-I{SOURCES / 'cuda'}", f"-isystem{torch_include}", f"-isystem{cuda}"]
 
 
 def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -> Path:
@@ -97,7 +97,6 @@ def build(
     kind: Kind = "plain",
     sources: Path = SOURCES,
     namespace: str | None = None,
-    kernels: Sequence[Path] | None = None,
 ) -> Path:
     """Compiles the sources under ``sources`` and returns the shared library.
 
@@ -105,7 +104,6 @@ def build(
         kind: how the kernels are compiled.
         sources: the directory ``csrc``, or a copy of it with other kernels.
         namespace: where the operators shall be, in place of the kind's own.
-        kernels: ``.cu`` and ``.cpp`` files in place of those of ``sources / "cuda"``.
 
     Raises:
         RuntimeError: a file does not compile, or CUDA's headers were not found.
@@ -115,9 +113,8 @@ def build(
     cuda = sources / "cuda"
     headers = [*sources.glob("*.h"), *cuda.glob("*.h"), *cuda.glob("*.cuh"), *CUSIM.glob("*.h")]
     inputs = "\0".join(path.read_text() for path in sorted(headers))
-    if kernels is None:
-        found = [*cuda.glob("*.cu"), *cuda.glob("*.cpp")]
-        kernels = sorted(path for path in found if path.name != "module.cpp")
+    found = [*cuda.glob("*.cu"), *cuda.glob("*.cpp")]
+    kernels = sorted(path for path in found if path.name != "module.cpp")
     here = f"-DFASTFISHER_EMULATED={namespace or NAMESPACES[kind]}"
     work = []
     for path in kernels:
@@ -160,18 +157,24 @@ def runtime(library: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def load(kind: Kind = "plain", sources: Path = SOURCES, namespace: str | None = None) -> Path:
+def load(
+    kind: Kind = "plain",
+    sources: Path = SOURCES,
+    namespace: str | None = None,
+    schemas: tuple[str, ...] = ops.SCHEMAS,
+) -> Path:
     """Builds a library and registers its operators; returns its path.
 
     Args:
         kind: how the kernels are compiled.
         sources: the directory ``csrc``, or a copy of it with other kernels.
         namespace: where the operators shall be; another one for each library in a process.
+        schemas: of the operators.
     """
     if kind == "sanitized" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError("a sanitized build needs a process of sanitizer_environment()")
     library = build(kind, sources, namespace)
-    define_operators(namespace or NAMESPACES[kind])
+    define_operators(namespace or NAMESPACES[kind], schemas)
     torch.ops.load_library(str(library))
     return library
 
@@ -210,10 +213,12 @@ def scheduling(
 
 
 @functools.cache
-def define_operators(namespace: str = NAMESPACES["plain"]) -> torch.library.Library:
+def define_operators(
+    namespace: str = NAMESPACES["plain"], schemas: tuple[str, ...] = ops.SCHEMAS
+) -> torch.library.Library:
     """The schemas, for a library's kernels to be registered with."""
     library = torch.library.Library(namespace, "DEF")
-    for schema in ops.SCHEMAS:
+    for schema in schemas:
         library.define(schema)
     return library
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import NAMESPACES, SOURCES, Kind, load, runtime
+from .build import CUSIM, NAMESPACES, SOURCES, Kind, load, runtime
 
 
 class CheckError(AssertionError):
@@ -118,11 +118,11 @@ class CheckedOperators(Operators):
 
 
 def source_line(library: Path, offset: str) -> str:
-    """``file:line`` of an instruction in a library with debug information."""
-    done = subprocess.run(
-        ["addr2line", "-e", str(library), offset], capture_output=True, text=True, check=True
-    )
-    return done.stdout.split(" ")[0].strip()
+    """``file:line`` of an instruction, in the kernel and not in what the emulator adds to it."""
+    command = ["addr2line", "-i", "-e", str(library), offset]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    places = [line.split(" ")[0] for line in done.stdout.splitlines()]
+    return next((place for place in places if str(CUSIM) not in place), places[0])
 
 
 def checked(sources: Path = SOURCES, namespace: str | None = None) -> CheckedOperators:

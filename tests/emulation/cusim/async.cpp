@@ -22,12 +22,6 @@ struct Copies {
 Copies copies[1024];
 
 Copies& mine() { return copies[cur->linear]; }
-void checked_read(const void* from, unsigned bytes) {
-  if (__tsan_read_range) __tsan_read_range(const_cast<void*>(from), bytes);
-}
-void checked_write(void* to, unsigned bytes) {
-  if (__tsan_write_range) __tsan_write_range(to, bytes);
-}
 
 }  // namespace
 
@@ -43,12 +37,13 @@ void cp_async(void* to, const void* from, unsigned bytes, bool take) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
     fail("cp.async from %p to %p: not aligned to its %u bytes", from, to, bytes);
   }
+  const void* code = __builtin_return_address(0);
   Copy copy{to, bytes, {}};
   if (take) {
-    checked_read(from, bytes);
+    if (cucheck_read) cucheck_read(from, bytes, code);
     memcpy(copy.value, from, bytes);
   }
-  checked_write(to, bytes);
+  if (cucheck_copy_issued) cucheck_copy_issued(to, bytes, code);
   memset(to, 0xff, bytes);
   mine().issued.push_back(copy);
 }
@@ -59,10 +54,11 @@ void cp_commit() {
 }
 
 void cp_wait(int left) {
+  const void* code = __builtin_return_address(0);
   auto& groups = mine().groups;
   while (groups.size() > static_cast<size_t>(left)) {
     for (const Copy& copy : groups.front()) {
-      checked_write(copy.to, copy.bytes);
+      if (cucheck_copy_landed) cucheck_copy_landed(copy.to, copy.bytes, code);
       memcpy(copy.to, copy.value, copy.bytes);
     }
     groups.pop_front();

@@ -29,7 +29,8 @@ CUSIM_HOOK void cucheck_shared(void* begin, size_t bytes);
 CUSIM_HOOK void cucheck_global(void* begin, size_t bytes, int writable, int initialised);
 CUSIM_HOOK void cucheck_initialised();
 CUSIM_HOOK void cucheck_forget();
-// What the compiler's instrumentation calls; for accesses that the emulator makes for a kernel.
-CUSIM_HOOK void __tsan_read_range(void* begin, size_t bytes);
-CUSIM_HOOK void __tsan_write_range(void* begin, size_t bytes);
+// Accesses that the emulator makes for the kernel that is at `code`.
+CUSIM_HOOK void cucheck_read(const void* from, size_t bytes, const void* code);
+CUSIM_HOOK void cucheck_copy_issued(void* to, size_t bytes, const void* code);
+CUSIM_HOOK void cucheck_copy_landed(void* to, size_t bytes, const void* code);
 }

@@ -27,6 +27,7 @@ void count(const void* const (&rows)[32]) {
 
 void ldmatrix(unsigned (&result)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: a row is not aligned to 16 bytes");
+  const void* code = __builtin_return_address(0);
   const void* rows[32];
   std::memcpy(rows, warp_gather(0xffffffffu, op_ldmatrix, &row, sizeof row, transposed),
               sizeof rows);
@@ -39,7 +40,7 @@ void ldmatrix(unsigned (&result)[4], const void* row, bool transposed) {
       const unsigned line = transposed ? minor + i : major, column = transposed ? major : minor + i;
       const auto* from = static_cast<const uint16_t*>(rows[matrix * 8 + line]) + column;
       // A matrix's elements are read by the lanes that get them.
-      if (__tsan_read_range) __tsan_read_range(const_cast<uint16_t*>(from), sizeof *from);
+      if (cucheck_read) cucheck_read(from, sizeof *from, code);
       result[matrix] |= static_cast<unsigned>(*from) << (16 * i);
     }
   }

@@ -38,6 +38,17 @@ extern "C" const char* cusim_error();
 
 namespace fastfisher::cuda {
 
+// The dispatcher calls a kernel for the device of any of its tensors.
+inline bool are_together(const Tensor& first, std::initializer_list<Tensor> others) {
+  for (const Tensor& other : others) {
+    if (other.is_cuda() != first.is_cuda() ||
+        other.get_device_index() != first.get_device_index()) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // Makes a tensor's device the current one for its lifetime; kernels go to its current stream. Where
 // the kernels are emulated, tensors are on the CPU and there is no stream.
 class OnDevice {

@@ -9,46 +9,53 @@
 namespace fastfisher::cuda {
 namespace {
 
-// The kernels for one type of out.
-struct Kernels {
-  int (*simt)(const OuterTask*, void*);
-  int (*reduce)(const OuterTask*, void*);
-};
+using Launcher = int (*)(const OuterTask*, void*);
 
-constexpr Kernels kFloat{ff_outer_simt_float, ff_outer_reduce_float};
-constexpr Kernels kDouble{ff_outer_simt_double, ff_outer_reduce_double};
-
-bool has_work(const OuterTask& task) {
-  return task.problem.samples > 0 && task.positions > 0 && task.entries > 0;
+// Chooses the kernel for a task and plans it.
+Launcher plan(OuterTask& task, ScalarType operands, int64_t out_bytes) {
+  if (operands == ScalarType::Double) {
+    if (plan_depthwise(task, out_bytes)) return ff_outer_depthwise_double;
+    plan_outer(task, kSimtDoubleTiles, out_bytes);
+    return ff_outer_simt_double;
+  }
+  if (plan_depthwise(task, out_bytes)) {
+    return operands == ScalarType::Float ? ff_outer_depthwise_float : ff_outer_depthwise_bfloat16;
+  }
+  plan_outer(task, kSimtTiles, out_bytes);
+  return ff_outer_simt_float;
 }
 
-int run(const Problem& problem, Tensor& out, const Tensor& grad, const Tensor& input, double alpha) {
-  const bool is_double = out.scalar_type() == ScalarType::Double;
-  const int64_t out_bytes = is_double ? sizeof(double) : sizeof(float);
+// Returns a cudaError_t.
+int run(const Problem& problem, Tensor& out, const Tensor& grad, const Tensor& input,
+        double alpha) {
+  const auto out_bytes = static_cast<int64_t>(out.element_size());
   OuterTask task =
       outer_task(problem, grad.const_data_ptr(), input.const_data_ptr(), out.mutable_data_ptr(),
-                 alpha, is_double ? sizeof(double) : sizeof(float), out_bytes);
-  if (!has_work(task)) return 0;
+                 alpha, static_cast<int64_t>(grad.element_size()), out_bytes);
+  if (problem.samples == 0 || task.positions == 0 || task.entries == 0) return 0;
   const OnDevice device(out);
-  if (is_double) {
-    plan_outer(task, kSimtDoubleTiles, out_bytes);
-  } else {
-    plan_outer(task, kSimtTiles, out_bytes);
-  }
+  const Launcher launch = plan(task, grad.scalar_type(), out_bytes);
   const Tensor workspace =
       torch::stable::new_empty(out, {task.workspace_elements()}, out.scalar_type());
   task.workspace = workspace.mutable_data_ptr();
-  const Kernels& kernels = is_double ? kDouble : kFloat;
-  const int error = kernels.simt(&task, device.stream());
+  const int error = launch(&task, device.stream());
   if (error != 0 || task.splits == 1) return error;
-  return kernels.reduce(&task, device.stream());
+  const Launcher reduce =
+      out.scalar_type() == ScalarType::Double ? ff_outer_reduce_double : ff_outer_reduce_float;
+  return reduce(&task, device.stream());
 }
 
 }  // namespace
 
+#define FF_CHECK_OUTER(op, problem, out, grad, input)                                          \
+  FF_CHECK(op, "grad, input", are_together(out, {grad, input}), "expected the device of out"); \
+  FF_CHECK(op, "grad, input", outer_countable(problem),                                        \
+           "expected fewer than 2^30 positions, rows and columns in a sample")
+
 void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alpha, int64_t power,
                               bool allow_tf32) {
   const Problem problem = linear_problem(out, grad, input, power);
+  FF_CHECK_OUTER("linear_sum_grad_squared_", problem, out, grad, input);
   FF_CHECK_LAUNCH("linear_sum_grad_squared_", run(problem, out, grad, input, alpha));
 }
 
@@ -57,6 +64,7 @@ void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector
                               int64_t groups, double alpha, int64_t power, bool allow_tf32) {
   const Problem problem =
       conv2d_problem(out, grad, input, stride, padding, dilation, groups, power);
+  FF_CHECK_OUTER("conv2d_sum_grad_squared_", problem, out, grad, input);
   FF_CHECK_LAUNCH("conv2d_sum_grad_squared_", run(problem, out, grad, input, alpha));
 }
 

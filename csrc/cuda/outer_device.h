@@ -27,10 +27,13 @@ class Divider {
 constexpr int kOutside = -kCounterLimit;
 
 // A column of a group's matrix. `bytes` is where its x lies from the group's first channel, for a
-// window at (0, 0); `line` and `position` say how far into the window it reaches.
+// window at (0, 0); line and position say how far into the window it reaches.
 struct alignas(16) Column {
   int64_t bytes;
-  int line, position;
+  int64_t place;  // line in the lower half, position in the upper: one load of 16 bytes brings both
+
+  __device__ __forceinline__ int line() const { return static_cast<int>(place); }
+  __device__ __forceinline__ int position() const { return static_cast<int>(place >> 32); }
 };
 
 struct Tap {
@@ -51,15 +54,14 @@ __device__ __forceinline__ Tap tap_of(const OuterTask& task, int column) {
 
 template <typename T>
 __device__ __forceinline__ Column column_of(const OuterTask& task, int column) {
-  if (column >= task.matrix_columns) return {0, kOutside, 0};
+  if (column >= task.matrix_columns) return {0, static_cast<uint32_t>(kOutside)};
   const Problem& p = task.problem;
   const Tap tap = tap_of(task, column);
   const int64_t line = tap.line * p.dilation_h;
   const int64_t position = tap.position * p.dilation_w;
   const int64_t offset =
       tap.channel * p.x_stride[1] + line * p.x_stride[2] + position * p.x_stride[3];
-  return {offset * static_cast<int64_t>(sizeof(T)), static_cast<int>(line),
-          static_cast<int>(position)};
+  return {offset * static_cast<int64_t>(sizeof(T)), position << 32 | line};
 }
 
 // Where a row of out has a column.
@@ -81,8 +83,8 @@ struct Windows {
   int64_t x_line, x_position, x_first;
 };
 
-// The window of an output position: its first line and position in the image, and where g and x have
-// it, x counted from the first window.
+// The window of an output position: its first line and position in the image, and where g and x
+// have it, x counted from the first window.
 struct Window {
   int line, position;
   int64_t g, x;
@@ -103,8 +105,9 @@ __device__ __forceinline__ Window window_at(const Problem& p, const Windows& win
 
 __device__ __forceinline__ bool in_image(const Problem& p, const Window& window,
                                          const Column& column) {
-  return static_cast<unsigned>(window.line + column.line) < static_cast<unsigned>(p.height) &&
-         static_cast<unsigned>(window.position + column.position) < static_cast<unsigned>(p.width);
+  return static_cast<unsigned>(window.line + column.line()) < static_cast<unsigned>(p.height) &&
+         static_cast<unsigned>(window.position + column.position()) <
+             static_cast<unsigned>(p.width);
 }
 
 template <typename T>
@@ -161,8 +164,8 @@ class OutColumns {
 template <int count, typename T>
 __device__ __forceinline__ void put_in_workspace(const OuterTask& task, int64_t split, int64_t row,
                                                  int column, const T* sums) {
-  T* const to = static_cast<T*>(task.workspace) + split * task.entries +
-                row * task.matrix_columns + column;
+  T* const to =
+      static_cast<T*>(task.workspace) + split * task.entries + row * task.matrix_columns + column;
   if (task.matrix_columns % count == 0) {
     Pack<T, count> pack;
 #pragma unroll

@@ -51,12 +51,14 @@ struct OuterTask {
 
 // Threads that keep a device busy: about 128 multiprocessors with 256 each.
 constexpr int64_t kBusyThreads = 1 << 15;
-// So many times as many are launched, where the samples allow it, for the last ones to end together.
+// So many times as many are launched, where the samples allow it, for the last ones to end
+// together.
 constexpr int64_t kWaves = 4;
 // A split should have as many positions, for its sums to cost little.
 constexpr int64_t kSplitPositions = 256;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
-// What the kernels count within a sample in 32 bits stays below, so that sums of two do not overflow.
+// What the kernels count within a sample in 32 bits stays below, so that sums of two do not
+// overflow.
 constexpr int64_t kCounterLimit = int64_t{1} << 30;
 constexpr int64_t kGridLimit = 65535;  // of blockIdx.y and z
 
@@ -120,14 +122,16 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
   return task;
 }
 
-// Splits the samples so that `blocks` blocks a split of `threads` keep a device busy.
-inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int64_t out_bytes) {
+// Splits the samples so that `blocks` blocks a split of `threads` keep a device busy; a split has a
+// multiple of `unit` samples.
+inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int64_t out_bytes,
+                          int64_t unit = 1) {
   const Problem& p = task.problem;
   const int64_t wanted = ceil_div(kWaves * kBusyThreads, blocks * threads);
   const int64_t worth = ceil_div(p.samples * task.positions, kSplitPositions);
   const int64_t room = kWorkspaceBytes / (task.entries * out_bytes);
   const int64_t most = std::min({wanted, worth, room, p.samples, kGridLimit});
-  task.split_samples = ceil_div(p.samples, std::max<int64_t>(most, 1));
+  task.split_samples = ceil_div(ceil_div(p.samples, std::max<int64_t>(most, 1)), unit) * unit;
   task.splits = ceil_div(p.samples, task.split_samples);
 }
 
@@ -153,6 +157,48 @@ void plan_outer(OuterTask& task, const OuterTile (&tiles)[count], int64_t out_by
     }
   }
   split_samples(task, task.blocks(), tiles[task.tile].threads, out_bytes);
+}
+
+// The kernel for groups of few rows and columns: a thread has so many columns of a row.
+constexpr int kDepthwiseColumns = 9;
+constexpr int kDepthwiseThreads = 128;
+// Time of its multiply-adds and of those of a small tile, relative to the best tile.
+constexpr double kDepthwiseCost = 8;
+constexpr OuterTile kSmallestTile{32, 32, 64, 1.5};
+
+// Neighbouring groups that a warp has. Where positions are not what neighbours in memory, groups
+// are; and where there are few positions they leave lanes to other groups.
+inline int depthwise_lanes(const OuterTask& task) {
+  const int64_t groups = task.problem.groups;
+  int lanes = 1;
+  if (task.channels_innermost) {
+    lanes = 32;
+    while (lanes > 8 && ceil_div(groups, lanes) * lanes - groups > groups / 4) lanes /= 2;
+  }
+  while (lanes < 32 && 32 / lanes / 2 >= task.positions) lanes *= 2;
+  while (lanes > 1 && lanes / 2 >= groups) lanes /= 2;
+  return lanes;
+}
+
+inline int64_t depthwise_blocks(const OuterTask& task) {
+  return ceil_div(task.problem.groups, depthwise_lanes(task)) * task.row_tiles * task.column_tiles;
+}
+
+// Plans for that kernel if it is the faster one.
+inline bool plan_depthwise(OuterTask& task, int64_t out_bytes) {
+  const Problem& p = task.problem;
+  // Of a single group whose channels are innermost, a warp would read every element by itself.
+  if (p.groups == 1 && task.channels_innermost) return false;
+  const int64_t column_tiles = ceil_div(task.matrix_columns, kDepthwiseColumns);
+  const double time = double(p.rows * column_tiles) * kDepthwiseColumns * kDepthwiseCost;
+  const double tiles = double(ceil_div(p.rows, kSmallestTile.rows)) *
+                       double(ceil_div(task.matrix_columns, kSmallestTile.columns));
+  if (time > tiles * kSmallestTile.rows * kSmallestTile.columns * kSmallestTile.cost) return false;
+  task.row_tiles = p.rows;
+  task.column_tiles = column_tiles;
+  if (depthwise_blocks(task) >= kCounterLimit) return false;
+  split_samples(task, depthwise_blocks(task), kDepthwiseThreads, out_bytes, kDepthwiseThreads / 32);
+  return true;
 }
 
 }  // namespace fastfisher::cuda

@@ -1,11 +1,11 @@
 // The outer family on the ordinary arithmetic units: float32 as exact as it gets, and float64.
 //
-// A thread block computes a tile of one group's gradient matrix, one sample after another. Positions
-// arrive in steps of kSteps through two buffers of shared memory, the next step's in the background
-// while the current one is multiplied, across samples too. The products of a sample stay in
-// registers, are squared there, and added to sums that stay in registers as well.
-#include "outer_device.h"
+// A thread block computes a tile of one group's gradient matrix, one sample after another.
+// Positions arrive in steps of kSteps through two buffers of shared memory, the next step's in the
+// background while the current one is multiplied, across samples too. The products of a sample stay
+// in registers, are squared there, and added to sums that stay in registers as well.
 #include "outer.h"
+#include "outer_device.h"
 #include "ptx.h"
 
 namespace fastfisher::cuda {
@@ -88,16 +88,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
       from_g[i] = g + window[i].g;
       from_x[i] = x + window[i].x;
     }
+    // All before the first copy: ptxas separates reads of shared memory from copies to it.
+    Column column[kFeatureCopies];
+#pragma unroll
+    for (int k = 0; k < kFeatureCopies; ++k) column[k] = columns[feature + k * Tile::kFeatureLanes];
 #pragma unroll
     for (int k = 0; k < kFeatureCopies; ++k) {
       const int skipped = k * Tile::kFeatureLanes;
-      const Column column = columns[feature + skipped];
 #pragma unroll
       for (int i = 0; i < kPositionCopies; ++i) {
         ff_cp_async<kBytes>(to_g + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
                             from_g[i] + skipped * p.g_stride[1], skipped < rows[i]);
         ff_cp_async<kBytes>(to_x + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
-                            offset_bytes(from_x[i], column.bytes), in_image(p, window[i], column));
+                            offset_bytes(from_x[i], column[k].bytes),
+                            in_image(p, window[i], column[k]));
       }
     }
     ff_cp_commit();
@@ -124,7 +128,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   copy_step(stage);
   for (int64_t left = samples; left > 0; --left) {
     for (int at = 0; at < positions; at += kSteps) {
-      // This step has arrived, for all threads, and none still reads the buffer that is filled next.
+      // This step has arrived, for all threads, and none still reads the buffer that is filled
+      // next.
       ff_cp_wait<0>();
       __syncthreads();
       if (left > 1 || at + kSteps < positions) copy_step(stage ^ 1);
@@ -147,8 +152,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
           for (int r = 0; r < Tile::kRows; ++r) {
 #pragma unroll
             for (int c = 0; c < Tile::kColumns; ++c) {
-              product[r][c] += row[r / kLanes].at[r % kLanes] *
-                               column[c / kLanes].at[c % kLanes];
+              product[r][c] += row[r / kLanes].at[r % kLanes] * column[c / kLanes].at[c % kLanes];
             }
           }
         }
@@ -191,7 +195,8 @@ int launch(const OuterTask& task, void* stream) {
   const dim3 grid(static_cast<unsigned>(task.blocks()), static_cast<unsigned>(task.splits));
   const Windows windows(task.problem);
   if (task.g_vector && task.x_vector) {
-    return FF_LAUNCH((outer_simt<Tile, true>), grid, dim3(Tile::kThreads), 0, stream, task, windows);
+    return FF_LAUNCH((outer_simt<Tile, true>), grid, dim3(Tile::kThreads), 0, stream, task,
+                     windows);
   }
   return FF_LAUNCH((outer_simt<Tile, false>), grid, dim3(Tile::kThreads), 0, stream, task, windows);
 }

@@ -49,13 +49,20 @@ struct OuterTask {
   int64_t workspace_elements() const { return splits > 1 ? splits * entries : 0; }
 };
 
-// Threads that keep a device busy: about 128 multiprocessors with 256 each.
+// Threads that keep a device busy, and positions that a split should have for its sums to cost
+// little.
+#if defined(FASTFISHER_EMULATED)
+// Of a device so small that shapes quick to emulate come to every tile and to splits.
+constexpr int64_t kBusyThreads = 512;
+constexpr int64_t kSplitPositions = 16;
+#else
+// About 128 multiprocessors with 256 each.
 constexpr int64_t kBusyThreads = 1 << 15;
+constexpr int64_t kSplitPositions = 256;
+#endif
 // So many times as many are launched, where the samples allow it, for the last ones to end
 // together.
 constexpr int64_t kWaves = 4;
-// A split should have as many positions, for its sums to cost little.
-constexpr int64_t kSplitPositions = 256;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
 // What the kernels count within a sample in 32 bits stays below, so that sums of two do not
 // overflow.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from .emulation.build import emulated
-from .proof import outer
+from .proof import outer, outer_simt
 from .proof.case import Case
 
-CASES = outer.CASES
+CASES = [*outer.CASES, *outer_simt.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

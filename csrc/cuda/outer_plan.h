@@ -200,7 +200,9 @@ inline bool plan_depthwise(OuterTask& task, int64_t out_bytes) {
   const double time = double(p.rows * column_tiles) * kDepthwiseColumns * kDepthwiseCost;
   const double tiles = double(ceil_div(p.rows, kSmallestTile.rows)) *
                        double(ceil_div(task.matrix_columns, kSmallestTile.columns));
-  if (time > tiles * kSmallestTile.rows * kSmallestTile.columns * kSmallestTile.cost) return false;
+  if (time >= tiles * kSmallestTile.rows * kSmallestTile.columns * kSmallestTile.cost) {
+    return false;
+  }
   task.row_tiles = p.rows;
   task.column_tiles = column_tiles;
   if (depthwise_blocks(task) >= kCounterLimit) return false;

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,25 +49,47 @@ KERNEL_FLAGS: dict[Kind, list[str]] = {
     "checked": ["-O1", "-g", "-fno-tree-sra", _CHECKED],
     "sanitized": _SANITIZED,
 }
-HOST_FLAGS: dict[Kind, list[str]] = {"plain": ["-O2"], "checked": ["-O2"], "sanitized": _SANITIZED}
+RUNTIME_FLAGS: dict[Kind, list[str]] = {
+    "plain": ["-O2"],
+    "checked": ["-O2"],
+    "sanitized": _SANITIZED,
+}
 
 
 def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _include_flags() -> list[str]:
-    torch_include = Path(torch.__file__).parent / "include"
-    # CUDA's own headers of vector and 16-bit types.
-    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    if not (cuda / "crt" / "host_defines.h").exists():
+def _cuda_include() -> Path:
+    """CUDA's own headers of vector and 16-bit types."""
+    path = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    if not (path / "crt" / "host_defines.h").exists():
         raise RuntimeError("CUDA's headers were not found; set CUDA_HOME to a toolkit")
-    return [f"-I{CUSIM}", f"-I{SOURCES / 'cuda'}", f"-isystem{torch_include}", f"-isystem{cuda}"]
+    return path
 
 
-def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -> Path:
-    command = [
-        _compiler(),
+def _include_flags() -> list[str]:
+    others = [Path(torch.__file__).parent / "include", _cuda_include()]
+    return [f"-I{CUSIM}", f"-I{SOURCES / 'cuda'}", *(f"-isystem{path}" for path in others)]
+
+
+def _included(source: Path, directories: Sequence[Path]) -> dict[str, str]:
+    """The text of a file, and of all that it includes from these directories."""
+    found: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path.name in found:
+            continue
+        found[path.name] = path.read_text()
+        for name in re.findall(r'^#include "(?:\.\./)*(.+)"', found[path.name], re.MULTILINE):
+            places = [place / name for place in directories]
+            waiting += [place for place in places if place.exists()][:1]
+    return found
+
+
+def _compile(source: Path, flags: Sequence[str], sources: Path, directory: Path) -> Path:
+    options = [
         "-std=c++20",
         "-fPIC",
         "-fvisibility=hidden",
@@ -74,19 +97,20 @@ def _compile(source: Path, flags: Sequence[str], inputs: str, directory: Path) -
         "-fno-gnu-unique",
         "-march=x86-64-v3",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *_include_flags(),
         *flags,
-        "-x",
-        "c++",
-        "-c",
-        str(source),
     ]
-    made_of = "\0".join([*command, source.read_text(), inputs])
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:20]
+    # Where the files lie is no part of it: a copy of the sources shares the objects.
+    places = [source.parent, sources / "cuda", sources, SOURCES / "cuda", SOURCES, CUSIM]
+    made_of = [_compiler(), torch.__version__, _cuda_include().as_posix(), *options]
+    made_of += sorted(_included(source, places).values())
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
     target = directory / f"{source.stem}-{key}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        command = [_compiler(), *options, *_include_flags()]
+        command += [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={CUSIM}=cusim"]
+        command += ["-x", "c++", "-c", str(source), "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile:\n{done.stderr[-6000:]}")
         unfinished.rename(target)
@@ -111,22 +135,24 @@ def build(
     directory = ROOT / "build" / "emulated"
     directory.mkdir(parents=True, exist_ok=True)
     cuda = sources / "cuda"
-    headers = [*sources.glob("*.h"), *cuda.glob("*.h"), *cuda.glob("*.cuh"), *CUSIM.glob("*.h")]
-    inputs = "\0".join(path.read_text() for path in sorted(headers))
     found = [*cuda.glob("*.cu"), *cuda.glob("*.cpp")]
     kernels = sorted(path for path in found if path.name != "module.cpp")
     here = f"-DFASTFISHER_EMULATED={namespace or NAMESPACES[kind]}"
-    work = []
+    work: list[tuple[Path, Sequence[str]]] = []
     for path in kernels:
         if path.suffix == ".cu":  # the same in every namespace
             work.append((path, [*KERNEL_FLAGS[kind], "-DFASTFISHER_EMULATED"]))
         else:
-            work.append((path, [*HOST_FLAGS[kind], here]))
+            work.append((path, ["-O1", here]))
     parts = ["cusim.cpp", "async.cpp", "ldmatrix.cpp", "memory.cpp"]
     parts += ["cucheck.cpp"] * (kind == "checked")
-    work += [(CUSIM / name, HOST_FLAGS[kind]) for name in parts]
+    work += [(CUSIM / name, RUNTIME_FLAGS[kind]) for name in parts]
+
+    def compiled(each: tuple[Path, Sequence[str]]) -> Path:
+        return _compile(each[0], each[1], sources, directory)
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda each: _compile(*each, inputs, directory), work))
+        objects = list(pool.map(compiled, work))
     key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
     library = directory / f"emulated-{kind}-{key}.so"
     if not library.exists():

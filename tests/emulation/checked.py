@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import CUSIM, NAMESPACES, SOURCES, Kind, load, runtime
+from .build import NAMESPACES, SOURCES, Kind, load, runtime
 
 
 class CheckError(AssertionError):
@@ -105,7 +105,7 @@ class CheckedOperators(Operators):
         reports = self._emulator.cucheck_take_reports().decode()
         if reports:
             lines = [self._readable(line) for line in reports.splitlines()]
-            raise CheckError("\n".join([operator.name(), *lines])) from failure
+            raise CheckError(f"{operator.name()}: " + "\n".join(lines)) from failure
         if failure is not None:
             raise failure
         return result
@@ -122,7 +122,7 @@ def source_line(library: Path, offset: str) -> str:
     command = ["addr2line", "-i", "-e", str(library), offset]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     places = [line.split(" ")[0] for line in done.stdout.splitlines()]
-    return next((place for place in places if str(CUSIM) not in place), places[0])
+    return next((place for place in places if not place.startswith("cusim/")), places[0])
 
 
 def checked(sources: Path = SOURCES, namespace: str | None = None) -> CheckedOperators:

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "../checks.h"
+#include "../channel_problem.h"
 #include "dispatch.h"
 #include "workspace.h"
 
@@ -51,12 +51,12 @@ void add_powers(const Kernels<T>& k, const Tensor& out, const T* sums, int64_t s
 }
 
 template <typename T>
-void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& grad,
-         const std::optional<Tensor>& input, const std::optional<Tensor>& mean,
-         const std::optional<Tensor>& scale, const std::optional<Tensor>& grad_input,
-         const std::optional<Tensor>& factor, T alpha, bool absolute) {
+void run(const ChannelProblem& p, const std::optional<Tensor>& weight,
+         const std::optional<Tensor>& bias, const Tensor& grad, const std::optional<Tensor>& input,
+         const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+         const std::optional<Tensor>& grad_input, const std::optional<Tensor>& factor, T alpha) {
   const Kernels<T>& k = kernels().of<T>();
-  const int64_t samples = grad.size(0), positions = grad.size(1), channels = grad.size(2);
+  const int64_t samples = p.samples, positions = p.positions, channels = p.channels;
   if (samples == 0 || positions == 0 || channels == 0) return;
   const Operand<T> g(grad), x(input), m(mean), s(scale);
   T* const to_input =
@@ -87,10 +87,10 @@ void run(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     });
     torch::stable::parallel_for(0, channels, 1024, [&](int64_t from, int64_t to) {
       if (weight.has_value()) {
-        add_powers(k, *weight, sums, sample_sums, count, alpha, absolute, from, to);
+        add_powers(k, *weight, sums, sample_sums, count, alpha, p.absolute, from, to);
       }
       if (bias.has_value()) {
-        add_powers(k, *bias, sums + bias_at, sample_sums, count, alpha, absolute, from, to);
+        add_powers(k, *bias, sums + bias_at, sample_sums, count, alpha, p.absolute, from, to);
       }
     });
   }
@@ -102,48 +102,13 @@ void channel_sum_grad_squared_(std::optional<Tensor> weight, std::optional<Tenso
                                Tensor grad, std::optional<Tensor> input, std::optional<Tensor> mean,
                                std::optional<Tensor> scale, std::optional<Tensor> grad_input,
                                std::optional<Tensor> factor, double alpha, int64_t power) {
-#define FF_CHECK_CHANNEL(argument, condition, ...) \
-  FF_CHECK("channel_sum_grad_squared_", argument, condition, __VA_ARGS__)
-  FF_CHECK_CHANNEL("grad", is_floating(grad) && grad.dim() == 3,
-                   "expected float32 or float64 [N, T, C]");
-  FF_CHECK_CHANNEL("weight, bias", weight.has_value() || bias.has_value(),
-                   "expected at least one of them");
-  FF_CHECK_CHANNEL(
-      "input, scale",
-      weight.has_value() == input.has_value() && weight.has_value() == scale.has_value(),
-      "expected with weight, and only with it");
-  const auto same_shape = [&](const std::optional<Tensor>& tensor) {
-    return !tensor.has_value() ||
-           (tensor->scalar_type() == grad.scalar_type() && tensor->dim() == 3 &&
-            tensor->size(0) == grad.size(0) && tensor->size(1) == grad.size(1) &&
-            tensor->size(2) == grad.size(2));
-  };
-  const auto is_output = [&](const std::optional<Tensor>& tensor) {
-    return !tensor.has_value() || (tensor->scalar_type() == grad.scalar_type() &&
-                                   tensor->dim() == 1 && tensor->size(0) == grad.size(2));
-  };
-  FF_CHECK_CHANNEL("input", same_shape(input), "expected the dtype and [N, T, C] of grad");
-  FF_CHECK_CHANNEL("mean", same_shape(mean), "expected the dtype and [N, T, C] of grad");
-  FF_CHECK_CHANNEL("scale", same_shape(scale), "expected the dtype and [N, T, C] of grad");
-  FF_CHECK_CHANNEL("weight", is_output(weight), "expected [C] of the dtype of grad");
-  FF_CHECK_CHANNEL("bias", is_output(bias), "expected [C] of the dtype of grad");
-  FF_CHECK_CHANNEL("grad_input", grad_input.has_value() == factor.has_value(),
-                   "expected with factor, and only with it");
-  FF_CHECK_CHANNEL("grad_input",
-                   same_shape(grad_input) &&
-                       (!grad_input.has_value() || (grad_input->stride(0) == grad.stride(0) &&
-                                                    grad_input->stride(1) == grad.stride(1) &&
-                                                    grad_input->stride(2) == grad.stride(2))),
-                   "expected the dtype, [N, T, C] and strides of grad");
-  FF_CHECK_CHANNEL("factor", is_output(factor) && (!factor.has_value() || factor->stride(0) == 1),
-                   "expected contiguous [C] of the dtype of grad");
-  FF_CHECK_CHANNEL("power", is_power(power), "expected 1 or 2");
-#undef FF_CHECK_CHANNEL
+  const ChannelProblem p =
+      channel_problem(weight, bias, grad, input, mean, scale, grad_input, factor, power);
   if (grad.scalar_type() == ScalarType::Float) {
-    run<float>(weight, bias, grad, input, mean, scale, grad_input, factor,
-               static_cast<float>(alpha), power == 1);
+    run<float>(p, weight, bias, grad, input, mean, scale, grad_input, factor,
+               static_cast<float>(alpha));
   } else {
-    run<double>(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power == 1);
+    run<double>(p, weight, bias, grad, input, mean, scale, grad_input, factor, alpha);
   }
 }
 

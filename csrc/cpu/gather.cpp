@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../checks.h"
+#include "../gather_problem.h"
 #include "dispatch.h"
 
 namespace fastfisher::cpu {
@@ -79,27 +79,15 @@ void run(const Tensor& out, const Tensor& grad, const Tensor& index, int64_t pad
 
 void embedding_sum_grad_squared_(Tensor out, Tensor grad, Tensor index, int64_t padding_index,
                                  double alpha, int64_t power) {
-#define FF_CHECK_GATHER(argument, condition, ...) \
-  FF_CHECK("embedding_sum_grad_squared_", argument, condition, __VA_ARGS__)
-  FF_CHECK_GATHER("out", is_floating(out) && out.dim() == 2, "expected float32 or float64 [V, D]");
-  FF_CHECK_GATHER(
-      "grad",
-      grad.scalar_type() == out.scalar_type() && grad.dim() == 3 && grad.size(2) == out.size(1),
-      "expected [N, T, D] of the dtype of out");
-  FF_CHECK_GATHER("index",
-                  index.scalar_type() == ScalarType::Long && index.dim() == 2 &&
-                      index.size(0) == grad.size(0) && index.size(1) == grad.size(1),
-                  "expected int64 [N, T]");
+  check_gather(out, grad, index, power);
   const auto* tokens = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t n = 0; n < index.size(0); ++n) {
     for (int64_t t = 0; t < index.size(1); ++t) {
       const int64_t token = tokens[n * index.stride(0) + t * index.stride(1)];
-      FF_CHECK_GATHER("index", token >= 0 && token < out.size(0), "expected 0 <= index < ",
-                      out.size(0), ", got ", token);
+      FF_CHECK("embedding_sum_grad_squared_", "index", token >= 0 && token < out.size(0),
+               "expected 0 <= index < ", out.size(0), ", got ", token);
     }
   }
-  FF_CHECK_GATHER("power", is_power(power), "expected 1 or 2");
-#undef FF_CHECK_GATHER
   if (out.scalar_type() == ScalarType::Float) {
     run<float>(out, grad, index, padding_index, static_cast<float>(alpha), power == 1);
   } else {

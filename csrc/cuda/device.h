@@ -9,6 +9,7 @@
 #if defined(FASTFISHER_EMULATED)
 #include "cusim.h"
 #else
+#include <assert.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -25,4 +26,8 @@
 #define FF_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(16) unsigned char ff_dynamic_shared_[]; \
   type* name = reinterpret_cast<type*>(ff_dynamic_shared_)
+// Stops the kernel, whatever NDEBUG says: the stream's next synchronization raises an error, and
+// the condition is printed. For what the host cannot check without waiting for the device.
+#define FF_ASSERT(condition) \
+  ((condition) ? void(0) : __assert_fail(#condition, "fastfisher", __LINE__, __func__))
 #endif

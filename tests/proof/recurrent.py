@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def _gru_step_backward(
     )
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[..., float]] = {
     "lstm_step": _lstm_step,
     "lstm_step_backward": _lstm_step_backward,
     "gru_step": _gru_step,

@@ -139,6 +139,8 @@ inline double rsqrt(double a) { return 1.0 / std::sqrt(a); }
 #define FF_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (static_cast<void>(stream),                               \
    ::cusim::launch_kernel(#kernel, grid, block, shared, kernel __VA_OPT__(, ) __VA_ARGS__))
+#define FF_ASSERT(condition) \
+  ((condition) ? void(0) : ::cusim::fail("assertion failed: %s", #condition))
 #define FF_ALLOW_SHARED(kernel, bytes) \
   ::cusim::allow_shared(reinterpret_cast<const void*>(kernel), bytes)
 #define FF_SHARED(type, name, dims)             \

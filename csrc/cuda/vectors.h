@@ -1,0 +1,69 @@
+// Loads and stores of 16 bytes, and of as many elements where alignment does not allow them.
+#pragma once
+
+#include "../outer_shape.h"
+#include "device.h"
+
+namespace fastfisher::cuda {
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int size = 16 / sizeof(T);
+  T lanes[size];
+};
+
+// Whether a pointer (which may be null) and strides allow vectors of a contiguous dimension.
+template <typename T, typename... Strides>
+bool is_aligned(const T* data, Strides... strides) {
+  return (reinterpret_cast<uintptr_t>(data) % 16 == 0) &&
+         ((strides % Vector<T>::size == 0) && ... && true);
+}
+
+// Lanes of a warp, a power of two, that a line of so many elements is given to.
+template <typename T>
+int lanes_for(int64_t elements) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * Vector<T>::size < elements) lanes *= 2;
+  return lanes;
+}
+
+inline int log2_of(int power_of_two) {
+  int log = 0;
+  while (power_of_two >> (log + 1) != 0) ++log;
+  return log;
+}
+
+// A thread's elements of a line: neighbours where `vector`, else `apart` from each other. Those
+// from `left` on are not there; of a vector all are or none.
+template <bool vector, typename T>
+__device__ __forceinline__ void load(Vector<T>& to, const T* from, int64_t stride, int apart,
+                                     int64_t left) {
+  if constexpr (vector) {
+    to = left > 0 ? *reinterpret_cast<const Vector<T>*>(from) : Vector<T>{};
+  } else {
+#pragma unroll
+    for (int k = 0; k < Vector<T>::size; ++k) {
+      to.lanes[k] = k * apart < left ? from[k * apart * stride] : T(0);
+    }
+  }
+}
+
+template <bool vector, typename T>
+__device__ __forceinline__ void store(T* to, const Vector<T>& from, int64_t stride, int apart,
+                                      int64_t left) {
+  if constexpr (vector) {
+    if (left > 0) *reinterpret_cast<Vector<T>*>(to) = from;
+  } else {
+#pragma unroll
+    for (int k = 0; k < Vector<T>::size; ++k) {
+      if (k * apart < left) to[k * apart * stride] = from.lanes[k];
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T power_of(T value, bool absolute) {
+  return absolute ? fabs(value) : value * value;
+}
+
+}  // namespace fastfisher::cuda

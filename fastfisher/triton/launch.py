@@ -1,7 +1,8 @@
 """How every Triton kernel here is launched: block sizes from a table, on the tensors' device.
 
 ``blocks.json`` has for each kernel, compute capability, precision and class of shapes a list of
-block sizes with their ``num_warps`` and ``num_stages``. The first one is taken; with
+block sizes, each with the number of ``warps``, of ``stages`` of the pipeline and, where the
+assembler would rather spill than use them, of ``registers`` that a thread may have. The first one is taken; with
 ``FASTFISHER_AUTOTUNE=1`` and a device, all of a list are timed once and the fastest is remembered
 in ``$XDG_CACHE_HOME/fastfisher/triton_blocks.json`` (``~/.cache`` where that is not set). Another
 choice may add floating-point numbers in another order; with a given one, results have the same bits
@@ -54,7 +55,7 @@ _INTERPRETER = Target(0, 2)
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Block sizes of a kernel (its constexpr parameters) and how it is compiled.
+    """Block sizes of a kernel (its constexpr parameters), and triton's options to compile it.
 
     ``precision`` and ``shapes`` say which entry of the table they are of.
     """
@@ -62,8 +63,7 @@ class Blocks:
     precision: str
     shapes: str
     sizes: Mapping[str, int]
-    num_warps: int
-    num_stages: int
+    options: Mapping[str, int]
 
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
@@ -178,9 +178,14 @@ def choices(kernel: str, target: Target, precision: str, shapes: str) -> list[Bl
     return [_blocks(precision, shapes, entry) for entry in entries]
 
 
+# What triton calls the entries of the table that are not block sizes.
+_OPTIONS = {"warps": "num_warps", "stages": "num_stages", "registers": "maxnreg"}
+
+
 def _blocks(precision: str, shapes: str, entry: Mapping[str, int]) -> Blocks:
-    sizes = {name: value for name, value in entry.items() if name not in ("warps", "stages")}
-    return Blocks(precision, shapes, sizes, entry["warps"], entry["stages"])
+    sizes = {name: value for name, value in entry.items() if name not in _OPTIONS}
+    options = {_OPTIONS[name]: value for name, value in entry.items() if name in _OPTIONS}
+    return Blocks(precision, shapes, sizes, options)
 
 
 def tuned(
@@ -265,7 +270,7 @@ def _measure(
 
 
 def _entry(blocks: Blocks) -> dict[str, int]:
-    return {**blocks.sizes, "warps": blocks.num_warps, "stages": blocks.num_stages}
+    return {**blocks.sizes, **blocks.options}
 
 
 def launch(
@@ -291,9 +296,8 @@ def launch(
         record(Launch(kernel, grid, arguments, blocks, target_of(on)))
     if on.device.type == "meta":
         return
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     with torch.cuda.device(on.device) if on.device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, **blocks.sizes, **options)
+        kernel[grid](**arguments, **blocks.sizes, **blocks.options)
 
 
 def float_bits(value: float) -> int:

@@ -122,10 +122,9 @@ def _specialised(
     target = GPUTarget("cuda", each.target.capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(each.kernel.signature, each.kernel.params, backend)
-    wanted = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     bound, specialization, _ = bind(**each.arguments, **blocks.sizes)
     options, signature, constants, attributes = each.kernel._pack_args(
-        backend, wanted, bound, specialization, {}
+        backend, dict(blocks.options), bound, specialization, {}
     )
     if not aligned:
         pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]

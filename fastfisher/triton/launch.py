@@ -2,11 +2,11 @@
 
 ``blocks.json`` has for each kernel, compute capability, precision and class of shapes a list of
 block sizes, each with the number of ``warps``, of ``stages`` of the pipeline and, where the
-assembler would rather spill than use them, of ``registers`` that a thread may have. The first one is taken; with
-``FASTFISHER_AUTOTUNE=1`` and a device, all of a list are timed once and the fastest is remembered
-in ``$XDG_CACHE_HOME/fastfisher/triton_blocks.json`` (``~/.cache`` where that is not set). Another
-choice may add floating-point numbers in another order; with a given one, results have the same bits
-every time.
+assembler would rather spill than use them, of ``registers`` that a thread may have. The first one
+is taken; with ``FASTFISHER_AUTOTUNE=1`` and a device, all of a list are timed once and the fastest
+is remembered in ``$XDG_CACHE_HOME/fastfisher/triton_blocks.json`` (``~/.cache`` where that is not
+set). Another choice may add floating-point numbers in another order; with a given one, results have
+the same bits every time.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 
 from .. import ops
-from . import launch, outer
+from . import channel, gather, launch, outer, recurrent
 
 NAMESPACE = "fastfisher_triton"
 
-_FAMILIES: tuple[ModuleType, ...] = (outer,)
+_FAMILIES: tuple[ModuleType, ...] = (outer, channel, gather, recurrent)
 # A family's module has a function of the operator's name for each operator it implements.
 KERNELS = {
     name: getattr(family, name)

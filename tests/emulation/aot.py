@@ -31,10 +31,15 @@ from triton.runtime.jit import create_function_from_signature
 import fastfisher.triton as twins
 from fastfisher.triton import launch
 
-from ..proof import triton_outer
+from ..proof import triton_channel, triton_gather, triton_outer, triton_recurrent
 
 CAPABILITIES = (80, 90, 100, 120)
-_CALLS = {**triton_outer.CALLS}
+_CALLS = {
+    **triton_outer.CALLS,
+    **triton_channel.CALLS,
+    **triton_gather.CALLS,
+    **triton_recurrent.CALLS,
+}
 # As many as an A100 has; it decides how samples are divided, and no more.
 _MULTIPROCESSORS = 108
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,0 +1,33 @@
+"""Calls that launch every shipped form of the recurrent steps' Triton kernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _steps(dtype: torch.dtype, odd: bool) -> Callable[[Any], None]:
+    def call(operators: Any) -> None:
+        units = 256 + odd
+
+        def state(gates: int = 1) -> torch.Tensor:
+            return torch.empty(64, gates * units, dtype=dtype, device="meta")
+
+        bias = torch.empty(12 * units, dtype=dtype, device="meta")
+        cell = state()
+        operators.lstm_step_(state(4), bias[: 4 * units], cell, cell, cell)
+        operators.lstm_step_backward_(state(4), cell, cell, cell, state(4), cell, cell)
+        operators.gru_step_(state(3), state(3), bias[: 3 * units], cell, cell, cell)
+        operators.gru_step_backward_(state(3), state(3), cell, cell, state(3), cell, cell)
+
+    return call
+
+
+CALLS: dict[str, Callable[[Any], None]] = {
+    f"steps {str(dtype).removeprefix('torch.')}{' odd' * odd}": _steps(dtype, odd)
+    for dtype, odd in itertools.product((torch.float32, torch.float64), (False, True))
+}
+"""The variant's name and the call, which takes the operators and hands them meta tensors."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fastfisher
+from fastfisher import _build
 
 from . import budgets
 from .emulation import sass
@@ -320,14 +321,14 @@ int main() {
 
 
 def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
-    include = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    if not (include / "cuda_occupancy.h").exists():
+    home = _build.toolkit()
+    if home is None or not (home / "include" / "cuda_occupancy.h").exists():
         pytest.skip("cuda_occupancy.h was not found; set CUDA_HOME to a toolkit")
     program = tmp_path / "occupancy"
     program.with_suffix(".cpp").write_text(OCCUPANCY_PROGRAM)
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
-        [compiler, f"-I{include}", "-o", program, program.with_suffix(".cpp")], check=True
+        [compiler, f"-I{home / 'include'}", "-o", program, program.with_suffix(".cpp")], check=True
     )
     asked = [
         (architecture, registers, shared, threads)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastfisher import _build
+
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTORY = ROOT / "build" / "static"
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = tuple(
+    int(each.partition("+")[0].replace(".", "")) for each in _build.ARCHITECTURES.split(";")
+)
 FLAGS = ("-O3", "-std=c++17")
 #: Compilers at a time; each takes a few hundred MB.
 PARALLEL = 2
@@ -36,15 +39,13 @@ class ToolsMissing(RuntimeError):
 
 @functools.cache
 def tool(name: str) -> Path:
-    """A program of the toolkit: of ``CUDA_HOME``, of the path, or of the triton package.
+    """A program of the toolkit: of the toolkit that builds the kernels, or of the triton package.
 
     Raises:
         ToolsMissing: none of them has it.
     """
-    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name]
-    found = shutil.which(name)
-    if found:
-        places.append(Path(found))
+    home = _build.toolkit()
+    places = [home / "bin" / name] if home else []
     triton = find_spec("triton")
     if triton and triton.origin:
         places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name)

@@ -58,12 +58,14 @@ class Settings:
         budget: seconds that a contender slower than ``NEAR`` plain passes may use per case.
         memory: whether to measure peak memory.
         batch: samples in the timed batch; the case's own when ``None``.
+        device: where models and batches are.
     """
 
     rounds: int = 9
     budget: float = 15.0
     memory: bool = True
     batch: int | None = None
+    device: str = "cpu"
 
 
 @dataclass
@@ -138,9 +140,10 @@ def measure_case(
     batch = settings.batch or case.batch
     rows = {r.name: Row(case.name, layout, r.name, batch, 0) for r in rivals}
     try:
-        problem = case.problem(layout, batch)
+        problem = case.problem(layout, batch).to(settings.device)
         status(f"{case.name} {layout}: choosing samples for the check")
         small = case.check_problem(layout, CHECK_CANDIDATES).take(_samples_of_check(case))
+        small = small.to(settings.device)
     except Exception as error:
         for row in rows.values():
             row.fail(error)
@@ -157,7 +160,8 @@ def measure_case(
             options = _check_fastest(row, rival, problem, references)
             if row.gets_time and settings.memory:
                 status(f"{case.name} {layout}: peak memory of {rival.name}")
-                row.peak_mb = peak_memory(case, layout, batch, rival, options) / 1e6
+                peak = peak_memory(case, layout, batch, rival, options, settings.device)
+                row.peak_mb = peak / 1e6
             if row.gets_time:
                 calls[rival.name] = rival.prepare(problem.with_own_model(), options)
         except ImportError as error:
@@ -350,11 +354,18 @@ def _timed(call: Call, repeats: int = 1) -> float:
         gc.disable()
         start = perf_counter()
         call.run()
+        wait_for_device()
         total += perf_counter() - start
         if enabled:
             gc.enable()
         call.reset()
     return total / repeats
+
+
+def wait_for_device() -> None:
+    """Let a GPU finish what it was given, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _warm_up(call: Call) -> float:
@@ -448,12 +459,14 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def peak_memory(case: Case, layout: str, batch: int, rival: Rival, options: Options) -> int:
+def peak_memory(
+    case: Case, layout: str, batch: int, rival: Rival, options: Options, device: str = "cpu"
+) -> int:
     """Run the contender once in a fresh process.
 
     Returns:
-        Bytes of resident memory at the peak above the level just before the call. Model and batch
-        are below that level, gradients, activations and the result above it.
+        Bytes by which memory (:func:`peak_growth`) rises above the level just before the call.
+        Model and batch are below that level, gradients, activations and the result above it.
 
     Raises:
         MemoryError: the process was killed, as the system does when memory runs out.
@@ -462,17 +475,23 @@ def peak_memory(case: Case, layout: str, batch: int, rival: Rival, options: Opti
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             threads = torch.get_num_threads()
-            arguments = (case, layout, batch, rival, options, threads)
+            arguments = (case, layout, batch, rival, options, threads, device)
             return pool.submit(_peak_in_this_process, *arguments).result()
     except BrokenProcessPool as error:
         raise MemoryError("the process that ran it was killed; out of memory?") from error
 
 
 def _peak_in_this_process(
-    case: Case, layout: str, batch: int, rival: Rival, options: Options, threads: int
+    case: Case,
+    layout: str,
+    batch: int,
+    rival: Rival,
+    options: Options,
+    threads: int,
+    device: str,
 ) -> int:
     torch.set_num_threads(threads)
-    problem = case.problem(layout, batch)
+    problem = case.problem(layout, batch).to(device)
     # What a first call loads once (code, thread stacks, primitive caches) is no contender's own.
     small = rival.prepare(problem.take([0]).with_own_model(), options)
     small.run()
@@ -481,7 +500,22 @@ def _peak_in_this_process(
     call = rival.prepare(problem, options)
     gc.collect()
     _give_back_freed_memory()
-    return peak_rss_growth(call.run)
+    return peak_growth(call.run, device)
+
+
+def peak_growth(run: Callable[[], object], device: str) -> int:
+    """Bytes by which memory rises, at its peak, while ``run`` runs.
+
+    Resident memory, or on a GPU what torch's allocator has handed out.
+    """
+    if torch.device(device).type != "cuda":
+        return peak_rss_growth(run)
+    wait_for_device()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    wait_for_device()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _give_back_freed_memory() -> None:

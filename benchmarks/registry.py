@@ -78,6 +78,15 @@ class Problem:
         inputs = torch.cat([self.inputs[n : n + 1] for n in samples])
         return replace(self, inputs=inputs, targets=self.targets[list(samples)])
 
+    def to(self, device: str) -> Problem:
+        """The same on a device, which takes the model along: there is no copy left behind."""
+        return replace(
+            self,
+            model=self.model.to(device),
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+        )
+
     def with_own_model(self) -> Problem:
         """The same batch with a copy of the model that its owner may hook or change."""
         return replace(self, model=copy.deepcopy(self.model))

@@ -88,8 +88,12 @@ def _by_chunks(
 def _chunk_sizes(problem: Problem) -> Iterable[Options]:
     """Doubling chunk sizes up to the batch, as long as their gradients fit the machine."""
     samples = problem.inputs.shape[0]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Per sample: the float32 gradients and, at worst, their squares. Half of the machine at most.
+    device = problem.inputs.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Per sample: the float32 gradients and, at worst, their squares. Half of the memory at most.
     fitting = memory // 2 // (2 * 4 * problem.scalars)
     size = min(4, samples)
     while True:

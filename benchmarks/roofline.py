@@ -11,16 +11,17 @@ from time import perf_counter
 
 import torch
 
+from benchmarks.measure import wait_for_device
 from benchmarks.registry import IMAGE_LAYOUTS, Case
-from benchmarks.shapes import Shape, collect
+from benchmarks.shapes import PRECISIONS, Shape, collect
 
 LEAST_SECONDS = 1e-2
 """A shorter call is repeated within a round."""
 LEAST_ROUNDS = 3
 CHECKED_SAMPLES = 2
-TOLERANCE = 1e-5
-PRODUCT = 1024
-LARGE = 1 << 26  # float32 numbers: more than a core's own caches hold
+TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 5e-3}
+PRODUCT = {"cpu": 1024, "cuda": 8192}
+LARGE = 1 << 26  # float32 numbers: more than a core's own caches hold, or a GPU's
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Row:
         ratio_q1: its lower quartile.
         ratio_q3: its upper quartile.
         read_ms: median time of reading a buffer as large as what the layer must move.
-        sgemm: rate of a matrix product 1024 x 1024 x 1024, GFLOP/s; median over the shapes that
-            were measured with this one.
+        sgemm: rate of a large square matrix product, GFLOP/s (of size ``PRODUCT``); median over
+            the shapes that were measured with this one.
         bandwidth: rate of reading 256 MiB, GB/s; likewise.
         error: relative, in norm, on two samples, against float64.
     """
@@ -115,23 +116,44 @@ def measure_model(
         yield [replace(row, sgemm=sgemm, bandwidth=bandwidth) for row in rows]
 
 
-def measure(model: str, layout: str, layers: int, shape: Shape, rounds: int, budget: float) -> Row:
+def measure(
+    model: str,
+    layout: str,
+    layers: int,
+    shape: Shape,
+    rounds: int,
+    budget: float,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> Row:
     """Check one shape, then time it; arguments as in :func:`measure_model`.
+
+    Args:
+        model: the benchmark case.
+        layout: of input and gradient.
+        layers: how many layers of the model have the shape.
+        shape: the shape.
+        rounds: rounds.
+        budget: seconds for them.
+        device: where it is computed.
+        precision: of the operands, and of the product that gives the rate.
 
     Raises:
         ValueError: the kernel is wrong on it.
     """
-    error = shape.operands(layout, CHECKED_SAMPLES).error()
-    if not error <= TOLERANCE:
+    error = shape.operands(layout, CHECKED_SAMPLES, device, precision).error()
+    if not error <= TOLERANCE[precision]:
         raise ValueError(f"{model}, {layout}, {shape}: wrong, relative error {error:.1e}")
-    operands = shape.operands(layout)
-    product = _product(PRODUCT)
+    operands = shape.operands(layout, None, device, precision)
+    size = PRODUCT[torch.device(device).type]
+    product = _product(size, device, PRECISIONS[precision])
     around = [_time(product), _time(product)]
     seconds = time_rounds(
         {"ours": operands.ours, "reference": operands.reference}, rounds=rounds, budget=budget
     )
     # On its own: between the two it would push their operands out of the caches.
-    read = time_rounds({"read": _reader(shape.bytes // 4)}, rounds=rounds, budget=budget)["read"]
+    moved = shape.traffic(PRECISIONS[precision].itemsize)
+    read = time_rounds({"read": _reader(moved // 4, device)}, rounds=rounds, budget=budget)["read"]
     around += [_time(product), _time(product)]
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["reference"], strict=True)]
     q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -148,8 +170,8 @@ def measure(model: str, layout: str, layers: int, shape: Shape, rounds: int, bud
         ratio_q1=q1,
         ratio_q3=q3,
         read_ms=1e3 * statistics.median(read),
-        sgemm=2e-9 * PRODUCT**3 / statistics.median(around),
-        bandwidth=4e-9 * LARGE / _time(_large_reader(LARGE)),
+        sgemm=2e-9 * size**3 / statistics.median(around),
+        bandwidth=4e-9 * LARGE / _time(_large_reader(LARGE, device)),
         error=error,
     )
 
@@ -187,25 +209,26 @@ def _time(function: Callable[[], object], repeats: int = 1) -> float:
     start = perf_counter()
     for _ in range(repeats):
         function()
+    wait_for_device()
     return (perf_counter() - start) / repeats
 
 
 @lru_cache
-def _product(size: int) -> Callable[[], object]:
-    a, b, out = (torch.ones(size, size) for _ in range(3))
+def _product(size: int, device: str, dtype: torch.dtype) -> Callable[[], object]:
+    a, b, out = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
     product = partial(torch.mm, a, b, out=out)
     product()
     return product
 
 
-def _reader(numbers: int) -> Callable[[], object]:
+def _reader(numbers: int, device: str) -> Callable[[], object]:
     """Read a buffer in two streams, as a layer's gradient and input are: the faster way."""
-    buffer = torch.ones(numbers)
+    buffer = torch.ones(numbers, device=device)
     return partial(torch.dot, buffer[: numbers // 2], buffer[-(numbers // 2) :])
 
 
 @lru_cache
-def _large_reader(numbers: int) -> Callable[[], object]:
-    read = _reader(numbers)
+def _large_reader(numbers: int, device: str) -> Callable[[], object]:
+    read = _reader(numbers, device)
     read()
     return read

@@ -18,6 +18,9 @@ from fastfisher import fisher_diag, ops
 _FLOAT32 = 4  # bytes
 CONTIGUOUS = "contiguous"
 
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+"""What operands are given as; tf32 rounds those of products."""
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -91,6 +94,10 @@ class Convolution:
     @property
     def bytes(self) -> int:
         """What must move at least: gradient, the input as far as it is used, sums in and out."""
+        return self.traffic(_FLOAT32)
+
+    def traffic(self, element: int) -> int:
+        """The same, with operands of ``element`` bytes a number."""
         used, written = 1, 1
         for (size, kernel, stride, padding, dilation), length in zip(
             self._sides, self.output_image, strict=True
@@ -101,7 +108,7 @@ class Convolution:
             used *= len(taps & set(range(size)))
             written *= length
         images = self.samples * (self.inputs * used + self.outputs * written)
-        return _FLOAT32 * (images + 2 * torch.Size(self.weight_shape).numel())
+        return element * images + 2 * _FLOAT32 * torch.Size(self.weight_shape).numel()
 
     def __str__(self) -> str:
         (height, width), (rows, columns) = self.image, self.kernel
@@ -119,15 +126,32 @@ class Convolution:
             parts.append(f"{self.groups} groups")
         return ", ".join(parts)
 
-    def operands(self, layout: str, samples: int | None = None) -> Operands:
-        """Random operands in a memory layout, of another number of samples if one is given."""
+    def operands(
+        self,
+        layout: str,
+        samples: int | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> Operands:
+        """Random operands in a memory layout.
+
+        Args:
+            layout: one of ``layouts``.
+            samples: another number of them than the shape's.
+            device: where the operands are.
+            precision: a key of :data:`PRECISIONS`.
+        """
         batch = samples or self.samples
         last = torch.channels_last
         memory = last if layout == "channels_last" else torch.contiguous_format
-        grad = _random(0, batch, self.outputs, *self.output_image).contiguous(memory_format=memory)
-        inputs = _random(1, batch, self.inputs, *self.image).contiguous(memory_format=memory)
-        weight = torch.zeros(self.weight_shape).contiguous(memory_format=memory)
-        out = torch.zeros(self.weight_shape).contiguous(memory_format=last)
+        to, tf32 = (device, PRECISIONS[precision]), precision == "tf32"
+        grad = _random(0, *to, batch, self.outputs, *self.output_image)
+        grad = grad.contiguous(memory_format=memory)
+        inputs = _random(1, *to, batch, self.inputs, *self.image)
+        inputs = inputs.contiguous(memory_format=memory)
+        weight = torch.zeros(self.weight_shape, device=device, dtype=inputs.dtype)
+        weight = weight.contiguous(memory_format=memory)
+        out = torch.zeros(self.weight_shape, device=device).contiguous(memory_format=last)
         geometry = {
             "stride": self.stride,
             "padding": self.padding,
@@ -136,7 +160,7 @@ class Convolution:
         }
 
         def exact() -> Tensor:
-            total = torch.zeros(self.weight_shape, dtype=torch.float64)
+            total = torch.zeros(self.weight_shape, dtype=torch.float64, device=device)
             for g, x in zip(grad.double().split(1), inputs.double().split(1), strict=True):
                 total += torch.nn.grad.conv2d_weight(x, self.weight_shape, g, **geometry).square()
             return total
@@ -148,7 +172,7 @@ class Convolution:
             torch.ops.aten.convolution_backward,
             *(grad, inputs, weight, None, *rest, [False, True, False]),
         )
-        ours = partial(ops.conv2d_sum_grad_squared_, out, grad, inputs, **geometry)
+        ours = partial(ops.conv2d_sum_grad_squared_, out, grad, inputs, **geometry, allow_tf32=tf32)
         return Operands(out, ours, reference, engine, exact)
 
 
@@ -171,28 +195,39 @@ class Linear:
     @property
     def bytes(self) -> int:
         """What must move at least: gradient, input, sums in and out."""
+        return self.traffic(_FLOAT32)
+
+    def traffic(self, element: int) -> int:
+        """The same, with operands of ``element`` bytes a number."""
         rows = self.samples * self.positions
         weight = self.inputs * self.outputs
-        return _FLOAT32 * (rows * (self.inputs + self.outputs) + 2 * weight)
+        return element * rows * (self.inputs + self.outputs) + 2 * _FLOAT32 * weight
 
     def __str__(self) -> str:
         return f"{self.samples}×{self.positions}×{self.inputs} → {self.outputs}"
 
-    def operands(self, layout: str, samples: int | None = None) -> Operands:
-        """Random contiguous operands, of another number of samples if one is given."""
+    def operands(
+        self,
+        layout: str,
+        samples: int | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> Operands:
+        """Random contiguous operands; arguments as in :meth:`Convolution.operands`."""
         batch = samples or self.samples
-        grad = _random(0, batch, self.positions, self.outputs)
-        inputs = _random(1, batch, self.positions, self.inputs)
-        out = torch.zeros(self.outputs, self.inputs)
+        to, tf32 = (device, PRECISIONS[precision]), precision == "tf32"
+        grad = _random(0, *to, batch, self.positions, self.outputs)
+        inputs = _random(1, *to, batch, self.positions, self.inputs)
+        out = torch.zeros(self.outputs, self.inputs, device=device)
         grads, rows = grad.flatten(0, 1).t(), inputs.flatten(0, 1)
 
         def exact() -> Tensor:
             return sum(
                 ((g.t() @ x).square() for g, x in zip(grad.double(), inputs.double(), strict=True)),
-                torch.zeros((), dtype=torch.float64),
+                torch.zeros((), dtype=torch.float64, device=device),
             )
 
-        ours = partial(ops.linear_sum_grad_squared_, out, grad, inputs)
+        ours = partial(ops.linear_sum_grad_squared_, out, grad, inputs, allow_tf32=tf32)
         return Operands(out, ours, partial(torch.mm, grads, rows), "BLAS", exact)
 
 
@@ -268,5 +303,6 @@ def _pair(values: tuple[int, int]) -> str:
     return f"{values[0]}" if values[0] == values[1] else f"{values[0]}×{values[1]}"
 
 
-def _random(stream: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED + stream))
+def _random(stream: int, device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(SEED + stream))
+    return values.to(device, dtype)

@@ -31,7 +31,7 @@ if not __package__:
 from benchmarks import report
 from benchmarks.machine import ROOT, environment, slug
 from benchmarks.markdown import update_marked
-from benchmarks.measure import _give_back_freed_memory, peak_rss_growth
+from benchmarks.measure import _give_back_freed_memory, peak_growth, wait_for_device
 from fastfisher import fisher_mask_, topr
 from fastfisher.files import replacing
 
@@ -124,6 +124,7 @@ def compare(parameters: Sequence[Tensor], ranked: Tensor, k: int) -> str:
 def timed(call: Call) -> float:
     start = perf_counter()
     call()
+    wait_for_device()
     return perf_counter() - start
 
 
@@ -178,7 +179,8 @@ def measure(
         masks[name] = compare(parameters, contender.ranked, k)
         if memory:
             _give_back_freed_memory()
-            peaks[name] = 100 * peak_rss_growth(contender.call) / everything.nbytes
+            peak = peak_growth(contender.call, everything.device.type)
+            peaks[name] = 100 * peak / everything.nbytes
     touched = touched_lines(torch.cat([p.reshape(-1) for p in parameters]) == 0)
     # Of halves, the same bytes: torch is slow at adding them up.
     unit = everything[: everything.numel() // 2 * 2].view(torch.float32)
@@ -213,13 +215,18 @@ def measure(
 
 
 def one_tensor(
-    size: int, ratio: float, rounds: int, dtype: torch.dtype = torch.float32, rivals: bool = False
+    size: int,
+    ratio: float,
+    rounds: int,
+    dtype: torch.dtype = torch.float32,
+    rivals: bool = False,
+    device: str = "cpu",
 ) -> list[Row]:
     """The cases of one large float32 parameter, with scores of one dtype."""
     generator = torch.Generator().manual_seed(0)
-    score = torch.rand(size, generator=generator).square_().to(dtype)
-    remain = torch.rand(size, generator=generator).square_().to(dtype)
-    parameter = torch.ones(size)
+    score = torch.rand(size, generator=generator).square_().to(device, dtype)
+    remain = torch.rand(size, generator=generator).square_().to(device, dtype)
+    parameter = torch.ones(size, device=device)
     k = int(ratio * size)
 
     def ours(*arguments: object) -> Call:
@@ -240,10 +247,10 @@ def one_tensor(
     return measure(case, [parameter], score, contenders, k=k, memory=True)
 
 
-def many_tensors(ratio: float, rounds: int) -> list[Row]:
+def many_tensors(ratio: float, rounds: int, device: str = "cpu") -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 200, (TENSORS,), generator=generator).tolist()
-    everything = torch.rand(sum(sizes), generator=generator).square_()
+    everything = torch.rand(sum(sizes), generator=generator).square_().to(device)
     scores = [part.clone() for part in everything.split(sizes)]
     parameters = [torch.ones_like(part) for part in scores]
     k = int(ratio * sum(sizes))

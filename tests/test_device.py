@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastfisher import backends
-
-from . import proof
+from .proof import collection
 from .proof import device as proof_device
 from .proof.case import Case
+from .proof.collection import collect
 from .proof.device import OnDevice
 
-CASES: list[Case] = [
-    case
-    for module in pkgutil.iter_modules(proof.__path__, f"{proof.__name__}.")
-    for case in getattr(importlib.import_module(module.name), "CASES", ())
-]
-#: The namespaces of ``torch.ops`` that serve CUDA tensors.
-NAMESPACES = {"cuda": "fastfisher", "triton": "fastfisher_triton"}
+CASES = collect()
+SMALL = collect(small=True)
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 
 
 def operators(backend: str) -> Any:
-    reason = backends.unavailable(backend)
-    if reason is not None:
-        pytest.skip(reason)
-    return getattr(torch.ops, NAMESPACES[backend])
+    try:
+        return collection.operators(backend)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @needs_card
-@pytest.mark.parametrize("backend", NAMESPACES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_value(case: Case, backend: str) -> None:
     case.run(OnDevice(operators(backend), "cuda"))
 
 
 @needs_card
-@pytest.mark.parametrize("case", [case for case in CASES if case.small], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_opcheck(case: Case) -> None:
     case.run(OnDevice(operators("cuda"), "cuda", check=True))
 
 
+# One of each kernel: opcheck traces the call five times.
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.small][:40], ids=lambda case: case.name
+    "case", {case.kernel: case for case in SMALL}.values(), ids=lambda case: case.name
 )
 def test_a_case_passes_through_copies(case: Case) -> None:
     """Here the device is the CPU: what is carried there and back is what the case would see."""

@@ -116,7 +116,7 @@ def test_reference_is_the_gradient_of_the_batch(shape: shapes.Shape) -> None:
 
 
 def test_a_wrong_kernel_is_seen_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(out: Tensor, grad: Tensor, inputs: Tensor) -> None:
+    def twice(out: Tensor, grad: Tensor, inputs: Tensor, **_: object) -> None:
         out.add_(ops.linear_per_sample_grad(grad, inputs).square().sum(0), alpha=1.001)
 
     monkeypatch.setattr(ops, "linear_sum_grad_squared_", twice)
@@ -231,7 +231,7 @@ def test_what_torch_does_faster_stands_out() -> None:
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not let the measurement take time, nor change the process for other tests."""
-    monkeypatch.setattr(roofline, "PRODUCT", 8)
+    monkeypatch.setattr(roofline, "PRODUCT", {"cpu": 8})
     monkeypatch.setattr(roofline, "LARGE", 8)
     monkeypatch.setattr(roofline, "LEAST_SECONDS", 1e-5)
     monkeypatch.setattr(layers, "keep_freed_memory", lambda: None)

@@ -8,9 +8,7 @@ tests.budgets --record`` found them. Recording cannot make a breach of a rule le
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fastfisher.files import replacing
-from tests import proof
 from tests.emulation.build import emulated
 from tests.emulation.launches import Launch, noting
 from tests.emulation.occupancy import blocks_per_sm
 from tests.emulation.sass import Kernel
+from tests.proof.collection import collect
 
 FOLDER = Path(__file__).parent
 RECORD = "python -m tests.budgets --record"
@@ -154,13 +152,10 @@ def launches_of_cases() -> dict[str, list[Launch]]:
     """The launches of all proof cases, each kind once, per kernel."""
     operators = emulated()
     with noting() as launches:
-        for module in pkgutil.iter_modules(proof.__path__):
-            for case in getattr(
-                importlib.import_module(f"{proof.__name__}.{module.name}"), "CASES", ()
-            ):
-                # Nothing is computed, so a case that looks at values finds wrong ones.
-                with contextlib.suppress(AssertionError):
-                    case.run(operators)
+        for case in collect():
+            # Nothing is computed, so a case that looks at values finds wrong ones.
+            with contextlib.suppress(AssertionError):
+                case.run(operators)
     kinds: dict[str, dict[tuple[int, int], Launch]] = {}
     for launch in launches:
         kinds.setdefault(launch.kernel, {})[launch.threads, launch.shared] = launch

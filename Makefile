@@ -3,7 +3,7 @@
 #   PYTHON    interpreter that makes .venv (3.11 or newer)
 #   TORCH     what pip installs as torch; any torch>=2.11 with its torchvision works. Changing it
 #             takes effect in a new environment: make distclean first
-#   ARGS      extra arguments of test, demo, bench and gate:  make test ARGS="-k masking -x"
+#   ARGS      extra arguments of test, demo, bench, gate and gpu:  make test ARGS="-k masking -x"
 #   MAX_JOBS  how many files the extension build compiles at once
 # PIP_* variables (index, cache, proxy) reach pip as they are.
 
@@ -32,7 +32,7 @@ INSTALLED := $(VENV)/.stamp-installed
 BENCH_INSTALLED := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint format bench gate clean distclean
+.PHONY: help install demo test sanitize lint format bench gate gpu clean distclean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ bench: $(BENCH_INSTALLED) ## compare speed, memory and error with the alternativ
 
 gate: $(INSTALLED) ## fail if a kernel became slower than its baseline (ARGS=--record writes one)
 	$(PY) -m pytest -q benchmarks --benchmark-columns=median,iqr,rounds --benchmark-name=short $(ARGS)
+
+gpu: $(BENCH_INSTALLED) ## on a machine with a GPU: prove, test, sanitize, measure (ARGS=--dry-run without)
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove what was built and cached; keeps .venv, data and runs
 	rm -rf build dist *.egg-info fastfisher/*.so $(INSTALLED)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from .emulation.build import emulated
-from .proof import outer, outer_simt
+from .proof import channel, gather, outer_mma, outer_simt, recurrent
 from .proof.case import Case
 
-CASES = [*outer.CASES, *outer_simt.CASES]
+FAMILIES = [outer_simt, outer_mma, channel, gather, recurrent]
+CASES = [case for family in FAMILIES for case in family.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

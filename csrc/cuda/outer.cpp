@@ -12,7 +12,7 @@ namespace {
 using Launcher = int (*)(const OuterTask*, void*);
 
 // Chooses the kernel for a task and plans it.
-Launcher plan(OuterTask& task, ScalarType operands, int64_t out_bytes) {
+Launcher plan(OuterTask& task, ScalarType operands, int64_t out_bytes, bool allow_tf32) {
   if (operands == ScalarType::Double) {
     if (plan_depthwise(task, out_bytes)) return ff_outer_depthwise_double;
     plan_outer(task, kSimtDoubleTiles, out_bytes);
@@ -21,20 +21,24 @@ Launcher plan(OuterTask& task, ScalarType operands, int64_t out_bytes) {
   if (plan_depthwise(task, out_bytes)) {
     return operands == ScalarType::Float ? ff_outer_depthwise_float : ff_outer_depthwise_bfloat16;
   }
-  plan_outer(task, kSimtTiles, out_bytes);
-  return ff_outer_simt_float;
+  if (operands == ScalarType::Float && !allow_tf32) {
+    plan_outer(task, kSimtTiles, out_bytes);
+    return ff_outer_simt_float;
+  }
+  plan_outer(task, kMmaTiles, out_bytes);
+  return operands == ScalarType::Float ? ff_outer_mma_tf32 : ff_outer_mma_bfloat16;
 }
 
 // Returns a cudaError_t.
-int run(const Problem& problem, Tensor& out, const Tensor& grad, const Tensor& input,
-        double alpha) {
+int run(const Problem& problem, Tensor& out, const Tensor& grad, const Tensor& input, double alpha,
+        bool allow_tf32) {
   const auto out_bytes = static_cast<int64_t>(out.element_size());
   OuterTask task =
       outer_task(problem, grad.const_data_ptr(), input.const_data_ptr(), out.mutable_data_ptr(),
                  alpha, static_cast<int64_t>(grad.element_size()), out_bytes);
   if (problem.samples == 0 || task.positions == 0 || task.entries == 0) return 0;
   const OnDevice device(out);
-  const Launcher launch = plan(task, grad.scalar_type(), out_bytes);
+  const Launcher launch = plan(task, grad.scalar_type(), out_bytes, allow_tf32);
   const Tensor workspace =
       torch::stable::new_empty(out, {task.workspace_elements()}, out.scalar_type());
   task.workspace = workspace.mutable_data_ptr();
@@ -56,7 +60,7 @@ void linear_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, double alph
                               bool allow_tf32) {
   const Problem problem = linear_problem(out, grad, input, power);
   FF_CHECK_OUTER("linear_sum_grad_squared_", problem, out, grad, input);
-  FF_CHECK_LAUNCH("linear_sum_grad_squared_", run(problem, out, grad, input, alpha));
+  FF_CHECK_LAUNCH("linear_sum_grad_squared_", run(problem, out, grad, input, alpha, allow_tf32));
 }
 
 void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t> stride,
@@ -65,7 +69,7 @@ void conv2d_sum_grad_squared_(Tensor out, Tensor grad, Tensor input, std::vector
   const Problem problem =
       conv2d_problem(out, grad, input, stride, padding, dilation, groups, power);
   FF_CHECK_OUTER("conv2d_sum_grad_squared_", problem, out, grad, input);
-  FF_CHECK_LAUNCH("conv2d_sum_grad_squared_", run(problem, out, grad, input, alpha));
+  FF_CHECK_LAUNCH("conv2d_sum_grad_squared_", run(problem, out, grad, input, alpha, allow_tf32));
 }
 
 FF_REGISTER(m) {

@@ -8,12 +8,17 @@ namespace fastfisher::cuda {
 
 constexpr OuterTile kSimtTiles[] = {{128, 128, 256, 1.0}, {64, 64, 128, 1.15}, kSmallestTile};
 constexpr OuterTile kSimtDoubleTiles[] = {{64, 64, 256, 1.0}, {32, 32, 64, 1.1}};
+// Of both kernels on tensor cores.
+constexpr OuterTile kMmaTiles[] = {{128, 128, 256, 1.0}, {64, 64, 128, 1.2}};
 
 }  // namespace fastfisher::cuda
 
 extern "C" {
 int ff_outer_simt_float(const fastfisher::cuda::OuterTask* task, void* stream);
 int ff_outer_simt_double(const fastfisher::cuda::OuterTask* task, void* stream);
+// On tensor cores, into float32: bfloat16 operands, and float32 ones rounded to tf32.
+int ff_outer_mma_bfloat16(const fastfisher::cuda::OuterTask* task, void* stream);
+int ff_outer_mma_tf32(const fastfisher::cuda::OuterTask* task, void* stream);
 // For groups of few rows and columns.
 int ff_outer_depthwise_float(const fastfisher::cuda::OuterTask* task, void* stream);
 int ff_outer_depthwise_double(const fastfisher::cuda::OuterTask* task, void* stream);

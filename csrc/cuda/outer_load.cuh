@@ -20,8 +20,8 @@ struct Operand {
   int positions;           // of a sample
   int height, width;       // of the image
   int step_h, step_w;      // in the image, from one output to the next
-  bool one_line;           // of outputs
-  Divider line_length{1};  // otherwise: positions of one
+  Divider line_length{1};  // positions of a line of outputs
+  bool simple;             // one line, all of which is read by its one tap
   int copy_bytes;          // of a copy, whose elements are all inside of the image, or none
 };
 
@@ -58,13 +58,9 @@ struct Position {
 };
 
 __device__ __forceinline__ Position position_at(const Operand& op, int t) {
-  int line = 0, position = t;
-  int64_t offset = 0;
-  if (!op.one_line) {
-    op.line_length.divide(t, line, position);
-    offset = static_cast<unsigned>(line) * op.line;
-  }
-  return {offset + static_cast<unsigned>(position) * op.position,
+  int line, position;
+  op.line_length.divide(t, line, position);
+  return {static_cast<unsigned>(line) * op.line + static_cast<unsigned>(position) * op.position,
           t < op.positions ? line * op.step_h : kOutside, position * op.step_w};
 }
 
@@ -114,20 +110,29 @@ struct Tile {
   template <int width, class Each>
   __device__ static __forceinline__ void for_each(const Feature* table, const Operand& op,
                                                   const char* sample, int t0, const Each& each) {
-    const int first = column<width>() * (width / size);
-    const auto element = [&](int i, const Position& at, const Feature& feature) {
-      each(i, sample + (at.offset + feature.offset), is_inside(op, at, feature));
+    const int first = t0 + (positions_innermost ? column<width>() * (width / size) : row<width>(0));
+    const Feature feature = table[positions_innermost ? 0 : column<width>() * (width / size)];
+    const auto feature_of = [&](int i) {
+      return positions_innermost ? table[row<width>(i)] : feature;
     };
-    if constexpr (positions_innermost) {
-      const Position at = position_at(op, t0 + first);
-#pragma unroll
-      for (int i = 0; i < copies<width>; ++i) element(i, at, table[row<width>(i)]);
-    } else {
-      const Feature feature = table[first];
+    // How far the i-th one's position is from the first one's.
+    constexpr int step = positions_innermost ? 0 : threads / per_row<width>;
+    if (width == 16 && op.simple) {
+      const char* const from = sample + static_cast<unsigned>(first) * op.position;
 #pragma unroll
       for (int i = 0; i < copies<width>; ++i) {
-        element(i, position_at(op, t0 + row<width>(i)), feature);
+        const Feature at = feature_of(i);
+        each(i, from + i * step * op.position + at.offset,
+             at.line == 0 && first + i * step < op.positions);
       }
+      return;
+    }
+    Position position = position_at(op, first);
+#pragma unroll
+    for (int i = 0; i < copies<width>; ++i) {
+      if (step > 0 && i > 0) position = position_at(op, first + i * step);
+      const Feature at = feature_of(i);
+      each(i, sample + (position.offset + at.offset), is_inside(op, position, at));
     }
   }
 

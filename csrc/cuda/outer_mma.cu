@@ -26,47 +26,38 @@ struct Fragments {
   using Memory = Tile<T, positions_innermost, tile>;
   static constexpr int rows = tile / 2, columns = 32;  // of a warp
   static constexpr int row_fragments = rows / 16, column_fragments = columns / 8;
-  // Where features of float32 lie side by side, no ldmatrix gives a thread what it needs, but any
-  // four neighbours serve four fragments: features are dealt to fragments in fours.
-  static constexpr bool dealt = sizeof(T) == 4 && !positions_innermost;
+  // Of float32 features that lie side by side no ldmatrix gives a thread what it needs, but two of
+  // them are the two rows that a thread has of a fragment.
+  static constexpr bool paired = sizeof(T) == 4 && !positions_innermost;
 
   unsigned a[row_fragments][4], b[column_fragments][2];
 
-  // The row, in the warp's part of the tile, of row `r` + 8 * `half` of a fragment, for r < 8.
+  // The row, in the warp's part of the tile, that is `half` of the `r`-th pair of a fragment's
+  // rows.
   __device__ static __forceinline__ int row_at(int fragment, int half, int r) {
-    if constexpr (dealt) {
-      const int index = half * row_fragments + fragment;
-      return index / 4 * 32 + r * 4 + index % 4;
-    }
-    return fragment * 16 + half * 8 + r;
-  }
-  __device__ static __forceinline__ int column_at(int fragment, int c) {
-    return dealt ? c * 4 + fragment : fragment * 8 + c;
+    return fragment * 16 + (paired ? r * 2 + half : r + half * 8);
   }
 
   __device__ __forceinline__ void load(const unsigned char* g, const unsigned char* x, int step,
                                        int first_row, int first_column) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     constexpr int size = sizeof(T);
-    if constexpr (dealt) {
-      const int feature = lane / 4 * 4;
+    if constexpr (paired) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int offset = (step * 8 + k * 4 + lane % 4) * Memory::pitch;
-        unsigned values[rows / 8];
-#pragma unroll
-        for (int quad = 0; quad < rows / 32; ++quad) {
-          load_four(values + quad * 4, g + offset + (first_row + quad * 32 + feature) * size);
-        }
+        const unsigned char* row = g + offset + (first_row + lane / 4 * 2) * size;
 #pragma unroll
         for (int f = 0; f < row_fragments; ++f) {
-          a[f][k * 2] = values[f];
-          a[f][k * 2 + 1] = values[row_fragments + f];
+          const uint2 pair = *reinterpret_cast<const uint2*>(row + f * 16 * size);
+          a[f][k * 2] = pair.x;
+          a[f][k * 2 + 1] = pair.y;
         }
-        unsigned others[4];
-        load_four(others, x + offset + (first_column + feature) * size);
+        const unsigned char* other = x + offset + (first_column + lane / 4) * size;
 #pragma unroll
-        for (int f = 0; f < column_fragments; ++f) b[f][k] = others[f];
+        for (int f = 0; f < column_fragments; ++f) {
+          b[f][k] = *reinterpret_cast<const unsigned*>(other + f * 8 * size);
+        }
       }
     } else if constexpr (positions_innermost) {
       const unsigned char* row =
@@ -98,14 +89,6 @@ struct Fragments {
   }
 
  private:
-  __device__ static __forceinline__ void load_four(unsigned* to, const unsigned char* from) {
-    const uint4 four = *reinterpret_cast<const uint4*>(from);
-    to[0] = four.x;
-    to[1] = four.y;
-    to[2] = four.z;
-    to[3] = four.w;
-  }
-
   __device__ __forceinline__ void split(int fragment, const unsigned (&both)[4]) {
     b[fragment][0] = both[0];
     b[fragment][1] = both[1];
@@ -252,8 +235,7 @@ __global__ void __launch_bounds__(2 * tile)
   const auto alpha = static_cast<float>(task.alpha);
 #pragma unroll
   for (int j = 0; j < Operands::column_fragments * 2; ++j) {
-    const int64_t column =
-        column_tile * tile + first_column + Operands::column_at(j / 2, lane % 4 * 2 + j % 2);
+    const int64_t column = column_tile * tile + first_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
     if (column >= task.matrix_columns) continue;
     float* const to =
         splits ? static_cast<float*>(task.workspace) + split * task.entries + column
@@ -332,7 +314,7 @@ Layout make_layout(const OuterTask& task, const void* data, const int64_t (&stri
     op.line = 0;
   }
   const int64_t line_length = plain ? op.width : p.out_width;
-  op.one_line = line_length == op.positions;
+  op.simple = plain && op.height == 1;
   op.line_length = Divider(line_length);
   return layout;
 }

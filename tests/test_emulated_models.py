@@ -10,7 +10,7 @@ import torch
 import fastfisher
 from fastfisher import backends
 
-from .emulation.build import NAMESPACE, emulated
+from .emulation.build import NAMESPACES, emulated
 from .oracle import assert_exact
 from .zoo import ZOO
 
@@ -18,7 +18,7 @@ from .zoo import ZOO
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     emulated()
-    backend = backends.Backend("emulated", NAMESPACE, lambda: None, lambda: ("cpu",))
+    backend = backends.Backend("emulated", NAMESPACES["plain"], lambda: None, lambda: ("cpu",))
     monkeypatch.setitem(backends._backends, "emulated", backend)
     with fastfisher.backend("emulated"):
         yield

@@ -128,11 +128,13 @@ def cuda_extension() -> Extension | None:
         target_macro(),
         f'-DFASTFISHER_ARCHITECTURES="{architectures}"',
     ]
+    # torch's defaults hide the conversions of 16-bit types.
+    conversions = [f"-U__CUDA_NO_{kind}_CONVERSIONS__" for kind in ("HALF", "BFLOAT16")]
     return cpp_extension.CUDAExtension(
         name="fastfisher._cuda",
         sources=sorted(path.relative_to(ROOT).as_posix() for path in sources),
         depends=headers(),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17", *conversions]},
     )
 
 

@@ -56,8 +56,7 @@ inline Problem linear_problem(const Tensor& out, const Tensor& grad, const Tenso
 inline Problem conv2d_problem(const Tensor& out, const Tensor& grad, const Tensor& input,
                               const std::vector<int64_t>& stride,
                               const std::vector<int64_t>& padding,
-                              const std::vector<int64_t>& dilation, int64_t groups,
-                              int64_t power) {
+                              const std::vector<int64_t>& dilation, int64_t groups, int64_t power) {
   FF_CHECK_OPERANDS("conv2d_sum_grad_squared_");
   FF_CHECK("conv2d_sum_grad_squared_", "grad", grad.dim() == 4, "expected [N, O, OH, OW]");
   FF_CHECK("conv2d_sum_grad_squared_", "input", input.dim() == 4 && input.size(0) == grad.size(0),

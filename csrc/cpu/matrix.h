@@ -1,8 +1,8 @@
 // The outer family on processors with a matrix unit, in float32.
 #pragma once
 
-#include "matrix_kernels.h"
 #include "../outer_shape.h"
+#include "matrix_kernels.h"
 
 namespace fastfisher::cpu {
 

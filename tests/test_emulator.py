@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ from .emulation.build import (
     scheduling,
 )
 from .emulation.checked import CheckedOperators, CheckError
+from .emulation.checked import checked as build_checked
+from .emulation.ptx import CompilerMissing, ReplayedOperators, replayed
+from .emulation.ptx_program import PtxError, entry_names, parse
+from .emulation.ptxsim import launch
 
 SELFTEST = ROOT / "tests" / "emulation" / "selftest"
 SCHEMAS = ("sums(Tensor(a!) out, Tensor input, int bug) -> ()",)
@@ -50,8 +55,15 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def checked() -> CheckedOperators:
-    library = load("checked", SELFTEST, "fastfisher_selftest_checked", SCHEMAS)
-    return CheckedOperators(library, "fastfisher_selftest_checked")
+    return build_checked(SELFTEST, "fastfisher_selftest_checked", SCHEMAS)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> ReplayedOperators:
+    try:
+        return replayed(SELFTEST, "fastfisher_selftest", SCHEMAS)
+    except CompilerMissing as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -130,6 +142,102 @@ def test_a_report_says_what_and_where(checked: CheckedOperators, bug: str, repor
 def test_an_error_of_the_launch_passes_the_checker(checked: CheckedOperators, bug: str) -> None:
     with pytest.raises((RuntimeError, CheckError)):
         sums(checked, bug)
+
+
+def test_compiled_code_is_right_and_has_no_reports(compiled: ReplayedOperators) -> None:
+    compiled.launches.clear()
+    out, exact = sums(compiled, "kNone")
+    assert torch.equal(out, exact)
+    assert [name.partition("::")[2].partition("(float")[0] for name in compiled.launches] == [
+        "part_sums",
+        "add_parts",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bug", "report"),
+    [
+        ("kNoBarrier", "race in shared memory, at a"),
+        ("kNoSecondBarrier", "race in shared memory, at a write"),
+        ("kNoWarpSync", "race in shared memory, at a read"),
+        ("kReadOutOfBounds", "out of bounds of global memory: cp.async"),
+        ("kWriteOutOfBounds", "out of bounds of global memory: st.global"),
+        ("kUninitialisedShared", "read of uninitialised shared memory"),
+        ("kBetweenBlocks", "race between blocks"),
+        ("kMisaligned", "misaligned access to global memory"),
+        ("kShuffleMask", "a lane is not in its own mask: shfl"),
+        ("kNoWait", "access to what a copy has yet to fill"),
+        ("kWriteReadOnly", "write to a tensor that is only read"),
+        ("kDivergentBarrier", "divergent barrier"),
+        ("kExitBeforeBarrier", "barrier after some threads have exited"),
+        ("kWildPointer", "access to no tensor or workspace"),
+    ],
+)
+def test_compiled_code_with_a_bug_is_reported(
+    compiled: ReplayedOperators, bug: str, report: str
+) -> None:
+    with pytest.raises(CheckError, match=report) as error:
+        sums(compiled, bug)
+    assert re.search(rf"{report}.*line [1-9]", str(error.value))
+
+
+PTX = """
+.visible .entry kernel(.param .u64 to, .param .align 4 .b8 pair[8])
+{
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [to];
+    ld.param.v2.u32 {%r1, %r2}, [pair];
+    OPERATION %r3, %r1, %r2REST;
+    st.global.u32 [%rd1], %r3;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("opcode", "rest", "a", "b", "exact"),
+    [
+        ("sub.s32", "", 3, 5, 0xFFFFFFFE),
+        ("div.s32", "", 0xFFFFFFF9, 2, 0xFFFFFFFD),
+        ("rem.s32", "", 0xFFFFFFF9, 2, 0xFFFFFFFF),
+        ("mul.hi.u32", "", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFE),
+        ("mul.hi.s32", "", 0xFFFFFFFF, 1, 0xFFFFFFFF),
+        ("shl.b32", "", 1, 32, 0),
+        ("shr.s32", "", 0x80000000, 40, 0xFFFFFFFF),
+        ("shf.l.wrap.b32", ", 8", 0x12345678, 0x9ABCDEF0, 0xBCDEF012),
+        ("shf.r.wrap.b32", ", 8", 0x12345678, 0x9ABCDEF0, 0xF0123456),
+        ("prmt.b32", ", 0x7531", 0x33221100, 0x77665544, 0x77553311),
+        ("prmt.b32", ", 0x888B", 0x80221100, 0, 0x000000FF),
+        ("lop3.b32", ", 0xFF00FF00, 0x96", 0x0F0F0F0F, 0x33333333, 0xC33CC33C),
+        ("bfe.u32", ", 8", 0x12345678, 4, 0x67),
+        ("bfe.s32", ", 8", 0x00000F80, 4, 0xFFFFFFF8),
+        ("bfi.b32", ", 8, 4", 0xA, 0xFFFFFFFF, 0xFFFFFAFF),
+        ("min.s32", "", 0xFFFFFFFF, 1, 0xFFFFFFFF),
+        ("max.f32", "", 0x7FC00000, 0x3F800000, 0x3F800000),
+        ("copysign.f32", "", 0x80000000, 0x3F800000, 0xBF800000),
+        ("cvt.rn.bf16x2.f32", "", 0x3F808000, 0x3F818000, 0x3F803F82),
+    ],
+)
+def test_an_instruction(opcode: str, rest: str, a: int, b: int, exact: int) -> None:
+    text = PTX.replace("OPERATION", opcode).replace("REST", rest)
+    out = torch.zeros(1, dtype=torch.int32)
+    parameters = struct.pack("<QII", out.data_ptr(), a, b)
+    spans = [(out.data_ptr(), 4, True)]
+    reports = launch(parse(text, "kernel"), (1, 1, 1), (1, 1, 1), parameters, 0, spans)
+    assert not reports
+    assert int(out.item()) & 0xFFFFFFFF == exact
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(PtxError, match=r"no kernel other among \['kernel'\]"):
+        parse(PTX, "other")
+    assert entry_names(PTX) == ["kernel"]
+    program = parse(PTX.replace("OPERATION", "wgmma.s32").replace("REST", ""), "kernel")
+    with pytest.raises(PtxError, match=r"unknown instruction wgmma\.s32"):
+        launch(program, (1, 1, 1), (1, 1, 1), bytes(16), 0, [])
+    with pytest.raises(PtxError, match="8 bytes of parameters, not 16"):
+        launch(program, (1, 1, 1), (1, 1, 1), bytes(8), 0, [])
 
 
 @pytest.mark.parametrize(

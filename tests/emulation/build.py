@@ -108,7 +108,7 @@ def _compile(source: Path, flags: Sequence[str], sources: Path, directory: Path)
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
         command = [_compiler(), *options, *_include_flags()]
-        command += [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={CUSIM}=cusim"]
+        command += [f"-ffile-prefix-map={sources}=csrc"]
         command += ["-x", "c++", "-c", str(source), "-o", str(unfinished)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfisher import ops
+
 from .build import NAMESPACES, SOURCES, Kind, load, runtime
 
 
@@ -122,15 +124,21 @@ def source_line(library: Path, offset: str) -> str:
     command = ["addr2line", "-i", "-e", str(library), offset]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     places = [line.split(" ")[0] for line in done.stdout.splitlines()]
-    return next((place for place in places if not place.startswith("cusim/")), places[0])
+    return next((place for place in places if "/cusim/" not in place), places[0])
 
 
-def checked(sources: Path = SOURCES, namespace: str | None = None) -> CheckedOperators:
+def checked(
+    sources: Path = SOURCES,
+    namespace: str | None = None,
+    schemas: tuple[str, ...] = ops.SCHEMAS,
+) -> CheckedOperators:
     """The operators of a checked build, which raise on any report.
 
     Args:
         sources: the directory ``csrc``, or a copy of it with other kernels.
         namespace: where the operators shall be, in place of the kind's own.
+        schemas: of the operators.
     """
     kind: Kind = "checked"
-    return CheckedOperators(load(kind, sources, namespace), namespace or NAMESPACES[kind])
+    library = load(kind, sources, namespace, schemas)
+    return CheckedOperators(library, namespace or NAMESPACES[kind])

@@ -3,7 +3,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <string_view>
 #include <vector>
 
@@ -18,6 +20,22 @@ struct Region {
 };
 std::vector<Region> regions;
 
+// Operators of torch that entry files get memory from: how many tensors, and whether they are
+// empty.
+struct Results {
+  int tensors;
+  bool empty;
+};
+const std::map<std::string_view, Results> kResults = {
+    {"aten::empty", {1, true}},      {"aten::new_empty", {1, true}},
+    {"aten::empty_like", {1, true}}, {"aten::new_empty_strided", {1, true}},
+    {"aten::new_zeros", {1, false}}, {"aten::zeros_like", {1, false}},
+    {"aten::full", {1, false}},      {"aten::clone", {1, false}},
+    {"aten::to", {1, false}},        {"aten::contiguous", {1, false}},
+    {"aten::reshape", {1, false}},   {"aten::sort", {2, false}},
+    {"aten::cumsum", {1, false}},
+};
+
 void add(void* begin, size_t bytes, int writable, int initialised) {
   if (bytes == 0) return;
   std::erase_if(regions, [=](const Region& each) {  // of memory that was freed since
@@ -26,6 +44,26 @@ void add(void* begin, size_t bytes, int writable, int initialised) {
   });
   regions.push_back({begin, bytes, writable});
   if (cucheck_global) cucheck_global(begin, bytes, writable, initialised);
+}
+
+// A result may be memory that was there before, of a tensor that is only read, say.
+bool is_known(const char* begin, size_t bytes) {
+  return std::any_of(regions.begin(), regions.end(), [=](const Region& each) {
+    const char* first = static_cast<char*>(each.begin);
+    return first <= begin && begin + bytes <= first + each.bytes;
+  });
+}
+
+void add_result(AtenTensorHandle tensor, bool empty) {
+  void* data = nullptr;
+  int64_t size = 0, offset = 0;
+  aoti_torch_get_data_ptr(tensor, &data);
+  aoti_torch_get_storage_size(tensor, &size);
+  aoti_torch_get_storage_offset(tensor, &offset);
+  const auto bytes = static_cast<size_t>(size);
+  if (offset != 0 || bytes == 0) return;
+  if (empty) memset(data, 0xff, bytes);
+  if (empty || !is_known(static_cast<char*>(data), bytes)) add(data, bytes, 1, !empty);
 }
 
 }  // namespace
@@ -39,24 +77,15 @@ __attribute__((visibility("hidden"))) AOTITorchError __wrap_torch_call_dispatche
     const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   const AOTITorchError code = __real_torch_call_dispatcher(op, overload, stack, version);
   if (code) return code;
-  const std::string_view name = op;
-  const bool empty = name == "aten::empty" || name == "aten::new_empty" ||
-                     name == "aten::empty_like" || name == "aten::new_empty_strided";
-  if (empty || name == "aten::new_zeros" || name == "aten::full" || name == "aten::clone" ||
-      name == "aten::contiguous" || name == "aten::to" || name == "aten::zeros_like") {
+  const auto known = kResults.find(op);
+  if (known == kResults.end()) {
+    if (cucheck_initialised) cucheck_initialised();  // torch may have written any of it
+    return code;
+  }
+  for (int i = 0; i < known->second.tensors; ++i) {
     AtenTensorHandle tensor;
-    memcpy(&tensor, stack, sizeof tensor);
-    void* data = nullptr;
-    int64_t bytes = 0, offset = 0;
-    aoti_torch_get_data_ptr(tensor, &data);
-    aoti_torch_get_storage_size(tensor, &bytes);
-    aoti_torch_get_storage_offset(tensor, &offset);
-    if (offset == 0) {
-      if (empty && data) memset(data, 0xff, static_cast<size_t>(bytes));
-      add(data, static_cast<size_t>(bytes), 1, !empty);
-    }
-  } else if (cucheck_initialised) {
-    cucheck_initialised();  // torch may have written any of it
+    memcpy(&tensor, stack + i, sizeof tensor);
+    add_result(tensor, known->second.empty);
   }
   return code;
 }

@@ -60,8 +60,8 @@ constexpr int64_t kSplitPositions = 16;
 constexpr int64_t kBusyThreads = 1 << 15;
 constexpr int64_t kSplitPositions = 256;
 #endif
-// So many times as many are launched, where the samples allow it, for the last ones to end
-// together.
+// So many times as many are launched, for the last ones to end together, where a split still has as
+// many times its positions.
 constexpr int64_t kWaves = 4;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
 // What the kernels count within a sample in 32 bits stays below, so that sums of two do not
@@ -98,8 +98,11 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
 
   const int64_t position =
       p.out_width > 1 ? p.x_stride[3] * p.stride_w : p.x_stride[2] * p.stride_h;
-  task.positions_fast = p.columns * p.groups == 1 || position < p.x_stride[1];
-  task.channels_innermost = !task.positions_fast;
+  task.positions_fast =
+      task.positions > 1 && (p.columns * p.groups == 1 || position < p.x_stride[1]);
+  const int64_t tap =
+      p.kernel_width > 1 ? p.x_stride[3] * p.dilation_w : p.x_stride[2] * p.dilation_h;
+  task.channels_innermost = p.kernel_height * p.kernel_width == 1 || p.x_stride[1] < tap;
 
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
@@ -109,10 +112,10 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
                   is_multiple(p.samples, p.g_stride[0], lanes) &&
                   is_multiple(p.out_height, p.g_stride[2], lanes) &&
                   is_multiple(p.out_width, p.g_stride[3], lanes);
-  task.x_vector = task.channels_innermost && aligned(x) && p.x_stride[1] == 1 &&
-                  p.columns % lanes == 0 && is_multiple(p.samples, p.x_stride[0], lanes) &&
-                  is_multiple(p.height, p.x_stride[2], lanes) &&
-                  is_multiple(p.width, p.x_stride[3], lanes);
+  task.x_vector =
+      task.channels_innermost && !task.positions_fast && aligned(x) && p.x_stride[1] == 1 &&
+      p.columns % lanes == 0 && is_multiple(p.samples, p.x_stride[0], lanes) &&
+      is_multiple(p.height, p.x_stride[2], lanes) && is_multiple(p.width, p.x_stride[3], lanes);
 
   const int64_t kernel = p.kernel_height * p.kernel_width;
   const int64_t want[3] = {
@@ -134,10 +137,14 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
 inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int64_t out_bytes,
                           int64_t unit = 1) {
   const Problem& p = task.problem;
-  const int64_t wanted = ceil_div(kWaves * kBusyThreads, blocks * threads);
-  const int64_t worth = ceil_div(p.samples * task.positions, kSplitPositions);
+  const auto splits_of = [&](int64_t waves, int64_t positions) {
+    return std::min(ceil_div(waves * kBusyThreads, blocks * threads),
+                    ceil_div(p.samples * task.positions, positions));
+  };
+  const int64_t wanted =
+      std::max(splits_of(1, kSplitPositions), splits_of(kWaves, kWaves * kSplitPositions));
   const int64_t room = kWorkspaceBytes / (task.entries * out_bytes);
-  const int64_t most = std::min({wanted, worth, room, p.samples, kGridLimit});
+  const int64_t most = std::min({wanted, room, p.samples, kGridLimit});
   task.split_samples = ceil_div(ceil_div(p.samples, std::max<int64_t>(most, 1)), unit) * unit;
   task.splits = ceil_div(p.samples, task.split_samples);
 }
@@ -178,7 +185,7 @@ constexpr OuterTile kSmallestTile{32, 32, 64, 1.5};
 inline int depthwise_lanes(const OuterTask& task) {
   const int64_t groups = task.problem.groups;
   int lanes = 1;
-  if (task.channels_innermost) {
+  if (!task.positions_fast) {
     lanes = 32;
     while (lanes > 8 && ceil_div(groups, lanes) * lanes - groups > groups / 4) lanes /= 2;
   }
@@ -194,8 +201,8 @@ inline int64_t depthwise_blocks(const OuterTask& task) {
 // Plans for that kernel if it is the faster one.
 inline bool plan_depthwise(OuterTask& task, int64_t out_bytes) {
   const Problem& p = task.problem;
-  // Of a single group whose channels are innermost, a warp would read every element by itself.
-  if (p.groups == 1 && task.channels_innermost) return false;
+  // Of a single group, where positions do not neighbour, every lane would read from elsewhere.
+  if (p.groups == 1 && !task.positions_fast) return false;
   const int64_t column_tiles = ceil_div(task.matrix_columns, kDepthwiseColumns);
   const double time = double(p.rows * column_tiles) * kDepthwiseColumns * kDepthwiseCost;
   const double tiles = double(ceil_div(p.rows, kSmallestTile.rows)) *

@@ -32,20 +32,19 @@ struct Tile {
   static constexpr int kPositionLanes = kThreads / kFeatureLanes;
 };
 
-// `vector` copies 16 bytes at a time, of consecutive rows and columns; else single elements.
-template <class Tile, bool vector>
+// g, and x, are copied 16 bytes of consecutive rows, or columns, at a time, or by single elements.
+template <class Tile, bool g_vector, bool x_vector>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     outer_simt(const OuterTask task, const Windows windows) {
   using T = typename Tile::T;
   constexpr int kLanes = Tile::kLanes;
   using Vector = Pack<T, kLanes>;
-  constexpr int kCopied = vector ? kLanes : 1;
-  constexpr int kFeatureCopies = kLanes / kCopied;
+  constexpr int kCopiedRows = g_vector ? kLanes : 1, kCopiedColumns = x_vector ? kLanes : 1;
+  constexpr int kCopiesOfG = kLanes / kCopiedRows, kCopiesOfX = kLanes / kCopiedColumns;
   constexpr int kPositionCopies = kSteps / Tile::kPositionLanes;
-  constexpr int kBytes = kCopied * sizeof(T);
   FF_SHARED(Vector, shared_g, [2][kSteps][Tile::kPitch]);
   FF_SHARED(Vector, shared_x, [2][kSteps][Tile::kPitch]);
-  FF_SHARED(Column, columns, [Tile::kSide / kCopied]);
+  FF_SHARED(Column, columns, [Tile::kSide / kCopiedColumns]);
 
   const Problem& p = task.problem;
   const int positions = static_cast<int>(task.positions);
@@ -58,23 +57,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   const int64_t first_sample = blockIdx.y * task.split_samples;
   const int64_t samples = min(task.split_samples, p.samples - first_sample);
 
-  for (int i = thread; i < Tile::kSide / kCopied; i += Tile::kThreads) {
-    columns[i] = column_of<T>(task, first_column + i * kCopied);
+  for (int i = thread; i < Tile::kSide / kCopiedColumns; i += Tile::kThreads) {
+    columns[i] = column_of<T>(task, first_column + i * kCopiedColumns);
   }
   __syncthreads();
 
   // Neighbouring threads copy what neighbours in memory.
-  const bool positions_fast = !vector && task.positions_fast;
+  const bool positions_fast = !g_vector && !x_vector && task.positions_fast;
   const int feature = positions_fast ? thread / Tile::kPositionLanes : thread % Tile::kFeatureLanes;
   const int lane = positions_fast ? thread % Tile::kPositionLanes : thread / Tile::kFeatureLanes;
   const T* g = static_cast<const T*>(task.g) + first_sample * p.g_stride[0] +
-               (group * p.rows + first_row + feature * kCopied) * p.g_stride[1];
+               (group * p.rows + first_row + feature * kCopiedRows) * p.g_stride[1];
   const T* x = static_cast<const T*>(task.x) + first_sample * p.x_stride[0] +
                group * p.columns * p.x_stride[1] + windows.x_first;
   constexpr int kRow = Tile::kPitch * kLanes;
-  T* const to_g = reinterpret_cast<T*>(shared_g[0][lane]) + feature * kCopied;
-  T* const to_x = reinterpret_cast<T*>(shared_x[0][lane]) + feature * kCopied;
-  const int rows_left = static_cast<int>(p.rows) - first_row - feature * kCopied;
+  T* const to_g = reinterpret_cast<T*>(shared_g[0][lane]) + feature * kCopiedRows;
+  T* const to_x = reinterpret_cast<T*>(shared_x[0][lane]) + feature * kCopiedColumns;
+  const int rows_left = static_cast<int>(p.rows) - first_row - feature * kCopiedRows;
   int copied = 0;  // positions of the sample that g and x point to
   const auto copy_step = [&](int stage) {
     const T *from_g[kPositionCopies], *from_x[kPositionCopies];
@@ -83,25 +82,31 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
 #pragma unroll
     for (int i = 0; i < kPositionCopies; ++i) {
       const int at = copied + lane + i * Tile::kPositionLanes;
-      window[i] = window_at(p, windows, at, at < positions);
+      // Where no position is left, an address is that of the last one: it has to be aligned even if
+      // nothing is read there.
+      window[i] = window_at(p, windows, min(at, positions - 1), at < positions);
       rows[i] = at < positions ? rows_left : 0;
       from_g[i] = g + window[i].g;
       from_x[i] = x + window[i].x;
     }
     // All before the first copy: ptxas separates reads of shared memory from copies to it.
-    Column column[kFeatureCopies];
+    Column column[kCopiesOfX];
 #pragma unroll
-    for (int k = 0; k < kFeatureCopies; ++k) column[k] = columns[feature + k * Tile::kFeatureLanes];
+    for (int k = 0; k < kCopiesOfX; ++k) column[k] = columns[feature + k * Tile::kFeatureLanes];
 #pragma unroll
-    for (int k = 0; k < kFeatureCopies; ++k) {
-      const int skipped = k * Tile::kFeatureLanes;
+    for (int i = 0; i < kPositionCopies; ++i) {
+      const int to = (stage * kSteps + i * Tile::kPositionLanes) * kRow;
 #pragma unroll
-      for (int i = 0; i < kPositionCopies; ++i) {
-        ff_cp_async<kBytes>(to_g + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
-                            from_g[i] + skipped * p.g_stride[1], skipped < rows[i]);
-        ff_cp_async<kBytes>(to_x + (stage * kSteps + i * Tile::kPositionLanes) * kRow + skipped,
-                            offset_bytes(from_x[i], column[k].bytes),
-                            in_image(p, window[i], column[k]));
+      for (int k = 0; k < kCopiesOfG; ++k) {
+        const int skipped = k * Tile::kFeatureLanes;
+        ff_cp_async<kCopiedRows * sizeof(T)>(
+            to_g + to + skipped, from_g[i] + skipped * p.g_stride[1], skipped < rows[i]);
+      }
+#pragma unroll
+      for (int k = 0; k < kCopiesOfX; ++k) {
+        ff_cp_async<kCopiedColumns * sizeof(T)>(to_x + to + k * Tile::kFeatureLanes,
+                                                offset_bytes(from_x[i], column[k].bytes),
+                                                in_image(p, window[i], column[k]));
       }
     }
     ff_cp_commit();
@@ -190,15 +195,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   }
 }
 
+template <class Tile, bool g_vector, bool x_vector>
+int launch_for(const OuterTask& task, void* stream) {
+  const dim3 grid(static_cast<unsigned>(task.blocks()), static_cast<unsigned>(task.splits));
+  return FF_LAUNCH((outer_simt<Tile, g_vector, x_vector>), grid, dim3(Tile::kThreads), 0, stream,
+                   task, Windows(task.problem));
+}
+
 template <class Tile>
 int launch(const OuterTask& task, void* stream) {
-  const dim3 grid(static_cast<unsigned>(task.blocks()), static_cast<unsigned>(task.splits));
-  const Windows windows(task.problem);
-  if (task.g_vector && task.x_vector) {
-    return FF_LAUNCH((outer_simt<Tile, true>), grid, dim3(Tile::kThreads), 0, stream, task,
-                     windows);
-  }
-  return FF_LAUNCH((outer_simt<Tile, false>), grid, dim3(Tile::kThreads), 0, stream, task, windows);
+  if (task.g_vector && task.x_vector) return launch_for<Tile, true, true>(task, stream);
+  // Threads that copy vectors of one operand neighbour each other in features, in both.
+  if (task.g_vector && !task.positions_fast) return launch_for<Tile, true, false>(task, stream);
+  if (task.x_vector) return launch_for<Tile, false, true>(task, stream);
+  return launch_for<Tile, false, false>(task, stream);
 }
 
 template <typename Number, int side, int rows, int columns, int blocks>

@@ -112,10 +112,11 @@ inline OuterTask outer_task(const Problem& p, const void* g, const void* x, void
                   is_multiple(p.samples, p.g_stride[0], lanes) &&
                   is_multiple(p.out_height, p.g_stride[2], lanes) &&
                   is_multiple(p.out_width, p.g_stride[3], lanes);
-  task.x_vector =
-      task.channels_innermost && !task.positions_fast && aligned(x) && p.x_stride[1] == 1 &&
-      p.columns % lanes == 0 && is_multiple(p.samples, p.x_stride[0], lanes) &&
-      is_multiple(p.height, p.x_stride[2], lanes) && is_multiple(p.width, p.x_stride[3], lanes);
+  task.x_vector = task.channels_innermost && !task.positions_fast && aligned(x) &&
+                  p.x_stride[1] == 1 && p.columns % lanes == 0 &&
+                  is_multiple(p.samples, p.x_stride[0], lanes) &&
+                  is_multiple(p.height + 2 * p.pad_h, p.x_stride[2], lanes) &&
+                  is_multiple(p.width + 2 * p.pad_w, p.x_stride[3], lanes);
 
   const int64_t kernel = p.kernel_height * p.kernel_width;
   const int64_t want[3] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -139,6 +140,49 @@ def _empty_conv(precision: str) -> Case:
     return Case(f"conv 0x4x5x5->6 3x3 {precision}", _KERNEL, run, True)
 
 
+def _some_channels(precision: str) -> Case:
+    """A convolution of the first channels of two tensors that have more."""
+
+    def run(operators: Any) -> float:
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        generator = torch.Generator().manual_seed(3)
+        grad = torch.randn(2, 6, 7, 32, generator=generator).to(dtype)[..., :20]
+        input = torch.randn(2, 8, 9, 16, generator=generator).to(dtype)[..., :12]
+        grad, input = grad.permute(0, 3, 1, 2), input.permute(0, 3, 1, 2)
+        out = torch.zeros(20, 12, 3, 3)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        operators.conv2d_sum_grad_squared_(out, grad, input, *geometry, 1.0, 2, precision == "tf32")
+        per_sample = ops.conv2d_per_sample_grad(grad.double(), input.double(), (3, 3), *geometry)
+        error = relative_error(out, per_sample.square().sum(0))
+        assert error <= TOLERANCE[precision], f"relative error {error:.1e}"
+        return error
+
+    return Case(f"conv of 12 and 20 channels of more {precision}", _KERNEL, run, True)
+
+
+def _nan_case(precision: str) -> Case:
+    """A pixel that is no number reaches the taps that read it, no others."""
+
+    def run(operators: Any) -> float:
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        generator = torch.Generator().manual_seed(5)
+        grad = torch.randn(2, 24, 4, 5, generator=generator).to(dtype)
+        input = torch.randn(2, 8, 6, 7, generator=generator).to(dtype)
+        # No position is there for these taps to read the last line: 20 positions are not 32.
+        input[:, 3, 5] = math.nan
+        out = torch.zeros(24, 8, 3, 3)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        operators.conv2d_sum_grad_squared_(out, grad, input, *geometry, 1.0, 2, precision == "tf32")
+        per_sample = ops.conv2d_per_sample_grad(grad.double(), input.double(), (3, 3), *geometry)
+        exact = per_sample.square().sum(0)
+        assert torch.equal(out.isnan(), exact.isnan())
+        error = relative_error(out.nan_to_num(), exact.nan_to_num())
+        assert error <= TOLERANCE[precision], f"relative error {error:.1e}"
+        return error
+
+    return Case(f"conv of a line of NaN {precision}", _KERNEL, run, True)
+
+
 def _strict(case: Case) -> Case:
     return replace(case, run=lambda operators: case.run(_Rounded(operators)))
 
@@ -211,7 +255,8 @@ def _cases(precision: str) -> list[Case]:
         ("samples of one memory", lambda tensor: tensor[:1].expand_as(tensor), False),
     ]
     cases += [_layout_case(name, precision, make, small) for name, make, small in layouts]
-    return [*(_strict(case) for case in cases), _empty_conv(precision)]
+    cases.append(_some_channels(precision))
+    return [*map(_strict, cases), _nan_case(precision), _empty_conv(precision)]
 
 
 CASES: list[Case] = [*_cases("bfloat16"), *_cases("tf32")]

@@ -14,13 +14,13 @@ first, as in a stable sort. -0.0 equals +0.0, denormals differ from zero, NaN ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
 
 CHUNK = 1 << 13
 """Selected scores are counted in chunks of this many consecutive elements of a tensor."""
@@ -41,9 +41,11 @@ SCHEMAS = (
 )
 """The operators. Each backend that is not torch's own has the same ones in its own namespace."""
 
-_library = torch.library.Library("fastfisher", "FRAGMENT")
-for _schema in SCHEMAS:
-    _library.define(_schema)
+# As in ops.py: ``fastfisher_torch`` has the default kernels only.
+_libraries = [torch.library.Library(n, "FRAGMENT") for n in ("fastfisher", "fastfisher_torch")]
+for _library in _libraries:
+    for _schema in SCHEMAS:
+        _library.define(_schema)
 
 
 class Chosen(NamedTuple):
@@ -52,7 +54,7 @@ class Chosen(NamedTuple):
     key: Tensor
     selected: Tensor
     candidates: Tensor
-    count: int
+    k: int
 
 
 class Selection(NamedTuple):
@@ -162,16 +164,18 @@ def select_top(
     """
     direct = _direct("select_top", list(scores), list(remain), weight, list(counts))
     if direct is not None:
-        return Selection(*direct, tuple(counts))
+        keys, selected, finite, candidates = direct
+        return Selection(keys, selected, finite, candidates, tuple(counts))
     _check_dtypes(scores)
     total = sum(map(Tensor.numel, scores))
     for k in counts:
         if not 0 <= k <= total:
             raise ValueError(f"k must be in 0..{total}, the number of scores, got {k}")
     # Without a tensor there is no device to dispatch on.
-    together = scores and _home([*scores, *remain]) is not None
-    op = torch.ops.fastfisher.select_top.default if together else _select_top_default
-    return Selection(*op(list(scores), list(remain), weight, list(counts)), tuple(counts))
+    home = _home([*scores, *remain])
+    op = backends.operator("select_top", home) if home is not None else _select_top_default
+    keys, selected, finite, candidates = op(list(scores), list(remain), weight, list(counts))
+    return Selection(keys, selected, finite, candidates, tuple(counts))
 
 
 def zero_selected_(
@@ -227,8 +231,8 @@ def start_zeroing_(
         data, layout, changed = direct
     else:
         _check_dtypes(scores)
-        together = scores and _home([*parameters, *scores, *remain, *chosen[:3]]) is not None
-        op = torch.ops.fastfisher.zero_selected_.default if together else _zero_selected_default
+        home = _home([*parameters, *scores, *remain, *chosen[:3]]) if scores else None
+        op = backends.operator("zero_selected_", home) if home else _zero_selected_default
         with torch.no_grad():
             data, layout = op(*arguments)
         if layout.is_cpu:
@@ -245,7 +249,7 @@ def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
         flat = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in places]
         # Each part begins where any dtype may.
         sizes = [part.numel() + -part.numel() % _ALIGNMENT for part in flat]
-        padded = [torch.nn.functional.pad(f, (0, s - f.numel())) for f, s in zip(flat, sizes)]
+        padded = [torch.nn.functional.pad(part, (0, -part.numel() % _ALIGNMENT)) for part in flat]
         for i, part in zip(places, torch.cat(padded).cpu().split(sizes), strict=True):
             tensor = tensors[i]
             copies[i] = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -291,6 +295,7 @@ def _direct(name: str, *arguments: object) -> tuple[Any, ...] | None:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or backends.forced() not in (None, "cpu")
     ):
         return None
     return cast("tuple[Any, ...] | None", getattr(ops._C, name)(*arguments))
@@ -485,9 +490,10 @@ def _zero_selected_default(
     return data.to(home), layout.to(home)
 
 
-def _select_top_fake(
+def select_top_fake(
     scores: Sequence[Tensor], remain: Sequence[Tensor], weight: float, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``select_top`` gives for tensors without data."""
     home = _home([*scores, *remain])
     return (
         torch.empty(len(counts), dtype=torch.int64, device=home),
@@ -497,7 +503,7 @@ def _select_top_fake(
     )
 
 
-def _zero_selected_fake(
+def zero_selected_fake(
     parameters: Sequence[Tensor],
     scores: Sequence[Tensor],
     remain: Sequence[Tensor],
@@ -508,6 +514,7 @@ def _zero_selected_fake(
     count: int,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
+    """What ``zero_selected_`` gives for tensors without data."""
     home = _home([*parameters, *scores, *remain, key, selected])
     size = torch.library.get_ctx().new_dynamic_size() if record else 0
     return (
@@ -516,7 +523,14 @@ def _zero_selected_fake(
     )
 
 
-_library.impl("select_top", _select_top_default, "CompositeExplicitAutograd")
-_library.impl("zero_selected_", _zero_selected_default, "CompositeExplicitAutograd")
-torch.library.register_fake("fastfisher::select_top", _select_top_fake, lib=_library)
-torch.library.register_fake("fastfisher::zero_selected_", _zero_selected_fake, lib=_library)
+FAKES: dict[str, Callable[..., Any]] = {
+    "select_top": select_top_fake,
+    "zero_selected_": zero_selected_fake,
+}
+"""What each operator gives for tensors without data."""
+
+for _library in _libraries:
+    _library.impl("select_top", _select_top_default, "CompositeExplicitAutograd")
+    _library.impl("zero_selected_", _zero_selected_default, "CompositeExplicitAutograd")
+    for _name, _kernel in FAKES.items():
+        torch.library.register_fake(f"{_library.ns}::{_name}", _kernel, lib=_library)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from .emulation.build import emulated
-from .proof import channel, gather, outer_mma, outer_simt, recurrent
+from .proof import channel, gather, outer_mma, outer_simt, recurrent, topr
 from .proof.case import Case
 
-FAMILIES = [outer_simt, outer_mma, channel, gather, recurrent]
+FAMILIES = [outer_simt, outer_mma, channel, gather, recurrent, topr]
 CASES = [case for family in FAMILIES for case in family.CASES]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastfisher import masking, ops, topr
+from fastfisher import backends, masking, ops, topr
 from fastfisher.masking import Mask, fisher_mask_, plan_masks, select_top
 
 OPS = torch.ops.fastfisher
@@ -25,16 +24,14 @@ compiled = pytest.mark.skipif(not ISAS, reason="no compiled module")
 @pytest.fixture(params=[*ISAS, *["dispatcher"][: len(ISAS)], "plain torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each instruction set in turn, then torch's dispatcher, then no compiled module."""
-    if request.param in ("dispatcher", "plain torch"):
+    if request.param == "dispatcher":
         monkeypatch.setattr(topr, "_direct", lambda *_: None)
     if request.param == "dispatcher":
         yield request.param
         return
     if request.param == "plain torch":
-        for name in ("select_top", "zero_selected_"):
-            plain = SimpleNamespace(default=getattr(topr, f"_{name.rstrip('_')}_default"))
-            monkeypatch.setattr(OPS, name, plain)
-        yield request.param
+        with backends.backend("torch"):
+            yield request.param
         return
     from fastfisher import _C
 

@@ -219,9 +219,7 @@ bool is_row(const View& view, int64_t size) {
   return view.dtype == ScalarType::Long && view.dim == 1 && view.count == size && view.contiguous;
 }
 
-bool is_number(const View& view) {
-  return view.dtype == ScalarType::Long && view.dim == 0;
-}
+bool is_number(const View& view) { return view.dtype == ScalarType::Long && view.dim == 0; }
 
 }  // namespace
 
@@ -277,10 +275,10 @@ void zero(const std::vector<View>& parameters, const std::vector<View>& scores,
   auto* bytes = static_cast<char*>(allocate(ScalarType::Byte, {record ? end : 0}));
   bool matches = false;
   all.with_type([&]<typename T>() {
-    matches =
-        Zeroing<T>(all, parameters, least, counts, reinterpret_cast<const uint64_t*>(candidates.data),
-                   layout, record ? bytes : nullptr)
-            .run();
+    matches = Zeroing<T>(all, parameters, least, counts,
+                         reinterpret_cast<const uint64_t*>(candidates.data), layout,
+                         record ? bytes : nullptr)
+                  .run();
   });
   FF_CHECK_ZERO("selected", matches, "expected what select_top gave for these scores");
 #undef FF_CHECK_ZERO

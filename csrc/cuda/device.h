@@ -30,4 +30,12 @@
 // the condition is printed. For what the host cannot check without waiting for the device.
 #define FF_ASSERT(condition) \
   ((condition) ? void(0) : __assert_fail(#condition, "fastfisher", __LINE__, __func__))
+
+// Multiprocessors of the current device.
+inline int ff_processors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
 #endif

@@ -28,6 +28,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __constant__ static
 #define __restrict__ __restrict
 
@@ -123,13 +124,20 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<unsigned long long>(high) << 32 | low) >> (shift & 31));
 }
 
+// Keeps the compiler from fusing an operation with the next one.
+template <class T>
+inline T cusim_rounded_(T value) {
+  __asm__("" : "+x"(value));
+  return value;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return cusim_rounded_(a * b); }
+inline float __fadd_rn(float a, float b) { return cusim_rounded_(a + b); }
+inline float __fsub_rn(float a, float b) { return cusim_rounded_(a - b); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return cusim_rounded_(a * b); }
+inline double __dsub_rn(double a, double b) { return cusim_rounded_(a - b); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __expf(float a) { return std::exp(a); }
 inline float __logf(float a) { return std::log(a); }
@@ -141,6 +149,8 @@ inline double rsqrt(double a) { return 1.0 / std::sqrt(a); }
    ::cusim::launch_kernel(#kernel, grid, block, shared, kernel __VA_OPT__(, ) __VA_ARGS__))
 #define FF_ASSERT(condition) \
   ((condition) ? void(0) : ::cusim::fail("assertion failed: %s", #condition))
+// Few, so that what they share out takes several turns.
+inline int ff_processors() { return 1; }
 #define FF_ALLOW_SHARED(kernel, bytes) \
   ::cusim::allow_shared(reinterpret_cast<const void*>(kernel), bytes)
 #define FF_SHARED(type, name, dims)             \

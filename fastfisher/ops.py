@@ -86,8 +86,8 @@ def conv2d_per_sample_grad(
         padding=tuple(padding),
         stride=tuple(stride),
     )
-    x = unfolded.reshape(samples, groups, -1, unfolded.shape[-1])
-    g = grad.reshape(samples, groups, rows // groups, -1)
+    x = unfolded.reshape(samples, groups, unfolded.shape[1] // groups, unfolded.shape[2])
+    g = grad.reshape(samples, groups, rows // groups, unfolded.shape[2])
     return (g @ x.transpose(2, 3)).reshape(
         samples, rows, input.shape[1] // groups, kernel_size[0], kernel_size[1]
     )

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+# Read when triton is imported, which torch does not do by itself. Kernels that run on a device are
+# for the compiler.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # No deadline: the first call of an operator pays for loading it, and machines are shared.
 hypothesis.settings.register_profile("local", deadline=None)
 # In CI the same examples every time; new ones are found on developers' machines.

@@ -70,7 +70,8 @@ def test_an_unknown_backend_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
+def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         pytest.raises(RuntimeError, match=f"'{name}' cannot serve here: "),
         fastfisher.backend(name),

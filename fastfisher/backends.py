@@ -103,8 +103,14 @@ def forced() -> str | None:
     return _forced or _from_environment()
 
 
-@functools.cache
+# What a cached function returns is a constant of traced programs: tracing does not see caches.
+@torch.compiler.assume_constant_result
 def _from_environment() -> str | None:
+    return _environment()
+
+
+@functools.cache
+def _environment() -> str | None:
     name = os.environ.get(VARIABLE) or None
     if name is None:
         return None
@@ -143,13 +149,17 @@ def operator(name: str, device: torch.device) -> Any:
     return _operator(name, _backends[serving(device)].namespace)
 
 
-@functools.cache
 def _operator(name: str, namespace: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _automatic(device: str, index: int | None) -> str:
+    return _first(device, index)
+
+
+@functools.cache
+def _first(device: str, index: int | None) -> str:
     if device == "cpu":
         return "cpu" if load_cpu() is None else "torch"
     if device == "cuda":

@@ -53,6 +53,112 @@ def _refuse(op: str, argument: str, expected: str) -> NoReturn:
     raise ValueError(f"fastfisher::{op}: {argument}: expected {expected}")
 
 
+_OPERANDS = "the dtype of out, or bfloat16 both where out is float32"
+
+
+def _are_operands(grad: Tensor, input: Tensor, out: Tensor) -> bool:
+    """Of the dtype of ``out``, or both bfloat16 where that is float32."""
+    dtype = grad.dtype
+    if dtype != out.dtype and not (dtype == torch.bfloat16 and out.dtype == torch.float32):
+        return False
+    return input.dtype == dtype
+
+
+def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    # The dispatcher looks at one tensor's device, and kernels read memory where they run.
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            _refuse(
+                op, argument, f"a tensor on {device}, as the others, got one on {tensor.device}"
+            )
+
+
+def _check_linear(out: Tensor, grad: Tensor, input: Tensor, power: int) -> None:
+    op, g, x = "linear_sum_grad_squared_", grad.shape, input.shape
+    if len(g) != 3:
+        _refuse(op, "grad", "[N, T, O]")
+    if len(x) != 3 or x[0] != g[0] or x[1] != g[1]:
+        _refuse(op, "input", "[N, T, I]")
+    if out.shape != (g[2], x[2]):
+        _refuse(op, "out", "[O, I]")
+    if not _are_operands(grad, input, out):
+        _refuse(op, "grad, input", _OPERANDS)
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _check_devices(op, out.device, grad=grad, input=input)
+
+
+def _check_conv2d(out: Tensor, grad: Tensor, input: Tensor, groups: int, power: int) -> None:
+    op, g, x, o = "conv2d_sum_grad_squared_", grad.shape, input.shape, out.shape
+    if len(g) != 4:
+        _refuse(op, "grad", "[N, O, OH, OW]")
+    if len(x) != 4 or x[0] != g[0]:
+        _refuse(op, "input", "[N, C, H, W]")
+    if len(o) != 4 or groups < 1 or o[0] != g[1] or o[1] != x[1] // groups:
+        _refuse(op, "out", "[O, C / groups, KH, KW]")
+    if not _are_operands(grad, input, out):
+        _refuse(op, "grad, input", _OPERANDS)
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _check_devices(op, out.device, grad=grad, input=input)
+
+
+def _check_channel(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor | None,
+    grad_input: Tensor | None,
+    factor: Tensor | None,
+    power: int,
+    **broadcast: Tensor | None,
+) -> None:
+    op, g = "channel_sum_grad_squared_", grad.shape
+    if len(g) != 3:
+        _refuse(op, "grad", "[N, T, C]")
+    if weight is None and bias is None:
+        _refuse(op, "weight, bias", "at least one of them")
+    if (input is None) != (weight is None):
+        _refuse(op, "input", "with weight, and only with it")
+    if weight is not None and weight.shape != g[2:]:
+        _refuse(op, "weight", "[C]")
+    if bias is not None and bias.shape != g[2:]:
+        _refuse(op, "bias", "[C]")
+    if input is not None and input.shape != g:
+        _refuse(op, "input", "[N, T, C]")
+    if (factor is None) != (grad_input is None):
+        _refuse(op, "factor", "with grad_input, and only then")
+    if factor is not None and factor.shape != g[2:]:
+        _refuse(op, "factor", "[C]")
+    if grad_input is not None and (grad_input.shape != g or grad_input.stride() != grad.stride()):
+        _refuse(op, "grad_input", "[N, T, C] with the strides of grad")
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _check_devices(
+        op,
+        grad.device,
+        weight=weight,
+        bias=bias,
+        input=input,
+        **broadcast,
+        grad_input=grad_input,
+        factor=factor,
+    )
+
+
+def _check_embedding(out: Tensor, grad: Tensor, index: Tensor, power: int) -> None:
+    op, g = "embedding_sum_grad_squared_", grad.shape
+    if out.dim() != 2:
+        _refuse(op, "out", "[V, D]")
+    if len(g) != 3 or g[2] != out.shape[1]:
+        _refuse(op, "grad", "[N, T, D]")
+    if index.shape != g[:2]:
+        _refuse(op, "index", "[N, T]")
+    if power not in (1, 2):
+        _refuse(op, "power", "1 or 2")
+    _check_devices(op, out.device, grad=grad, index=index)
+
+
 def powers_(values: Tensor, power: int) -> Tensor:
     """``|values| ** power`` for a power of 1 or 2, in place."""
     return values.square_() if power == 2 else values.abs_()
@@ -263,9 +369,157 @@ def _sum_of(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
     return sum(given[1:], given[0]) if given else torch.zeros_like(like)
 
 
-def _fake(*_args: object, **_kwargs: object) -> None:
-    """The operators only mutate their arguments, whose shapes their wrappers check."""
+def _linear_fake(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    alpha: float,
+    power: int = 2,
+    allow_tf32: bool = False,
+) -> None:
+    _check_linear(out, grad, input, power)
 
+
+def _conv2d_fake(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    alpha: float,
+    power: int = 2,
+    allow_tf32: bool = False,
+) -> None:
+    _check_conv2d(out, grad, input, groups, power)
+    for dim in (0, 1):
+        span = dilation[dim] * (out.shape[2 + dim] - 1) + 1
+        lines = (input.shape[2 + dim] + 2 * padding[dim] - span) // stride[dim] + 1
+        if lines != grad.shape[2 + dim]:
+            _refuse("conv2d_sum_grad_squared_", "grad", "the height and width of the output")
+
+
+def _channel_fake(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    grad_input: Tensor | None,
+    factor: Tensor | None,
+    alpha: float,
+    power: int = 2,
+) -> None:
+    statistics = {"mean": mean, "scale": scale}
+    _check_channel(weight, bias, grad, input, grad_input, factor, power, **statistics)
+    for name, tensor in statistics.items():
+        if tensor is not None and tensor.shape != grad.shape:
+            _refuse("channel_sum_grad_squared_", name, "[N, T, C]")
+
+
+def _embedding_fake(
+    out: Tensor, grad: Tensor, index: Tensor, padding_index: int, alpha: float, power: int = 2
+) -> None:
+    _check_embedding(out, grad, index, power)
+
+
+def _check_step(
+    op: str, state: str, like: Tensor, /, **gates_of: tuple[Tensor | None, int]
+) -> None:
+    """Refuses a tensor unless it has a row for each of ``like`` and so many times its columns."""
+    if like.dim() != 2:
+        _refuse(op, state, "[N, H]")
+    for argument, (tensor, gates) in gates_of.items():
+        columns = gates * like.shape[1]
+        rows = () if argument == "bias" else (like.shape[0],)
+        if tensor is not None and tensor.shape != (*rows, columns):
+            _refuse(op, argument, f"{[*rows, columns]}")
+
+
+def _lstm_step_fake(
+    gates: Tensor, bias: Tensor | None, cell: Tensor, next_cell: Tensor, hidden: Tensor
+) -> None:
+    states = {"next_cell": (next_cell, 1), "hidden": (hidden, 1)}
+    _check_step("lstm_step_", "cell", cell, gates=(gates, 4), bias=(bias, 4), **states)
+
+
+def _lstm_step_backward_fake(
+    grad_gates: Tensor,
+    grad_cell: Tensor,
+    grad_output: Tensor | None,
+    grad_hidden: Tensor | None,
+    gates: Tensor,
+    cell: Tensor,
+    next_cell: Tensor,
+) -> None:
+    _check_step(
+        "lstm_step_backward_",
+        "cell",
+        cell,
+        grad_gates=(grad_gates, 4),
+        grad_cell=(grad_cell, 1),
+        grad_output=(grad_output, 1),
+        grad_hidden=(grad_hidden, 1),
+        gates=(gates, 4),
+        next_cell=(next_cell, 1),
+    )
+
+
+def _gru_step_fake(
+    gates: Tensor,
+    product: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    candidate: Tensor,
+    next_hidden: Tensor,
+) -> None:
+    _check_step(
+        "gru_step_",
+        "hidden",
+        hidden,
+        gates=(gates, 3),
+        product=(product, 3),
+        bias=(bias, 3),
+        candidate=(candidate, 1),
+        next_hidden=(next_hidden, 1),
+    )
+
+
+def _gru_step_backward_fake(
+    grad_gates: Tensor,
+    grad_product: Tensor,
+    grad_hidden: Tensor,
+    grad_output: Tensor | None,
+    gates: Tensor,
+    candidate: Tensor,
+    hidden: Tensor,
+) -> None:
+    _check_step(
+        "gru_step_backward_",
+        "hidden",
+        hidden,
+        grad_gates=(grad_gates, 3),
+        grad_product=(grad_product, 3),
+        grad_hidden=(grad_hidden, 1),
+        grad_output=(grad_output, 1),
+        gates=(gates, 3),
+        candidate=(candidate, 1),
+    )
+
+
+FAKES: dict[str, Callable[..., None]] = {
+    "linear_sum_grad_squared_": _linear_fake,
+    "conv2d_sum_grad_squared_": _conv2d_fake,
+    "channel_sum_grad_squared_": _channel_fake,
+    "embedding_sum_grad_squared_": _embedding_fake,
+    "lstm_step_": _lstm_step_fake,
+    "lstm_step_backward_": _lstm_step_backward_fake,
+    "gru_step_": _gru_step_fake,
+    "gru_step_backward_": _gru_step_backward_fake,
+}
+"""What the operators do where tensors have no values: they refuse what does not fit."""
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "linear_sum_grad_squared_": _linear_default,
@@ -285,7 +539,7 @@ for _library in _libraries:
         _library.define(_schema)
     for _name, _kernel in _KERNELS.items():
         _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+        torch.library.register_fake(f"{_library.ns}::{_name}", FAKES[_name], lib=_library)
 
 _C: Any = None
 _load_error: str | None = None
@@ -319,26 +573,6 @@ def build_info() -> dict[str, object]:
     }
 
 
-_OPERANDS = "the dtype of out, or bfloat16 both where out is float32"
-
-
-def _are_operands(grad: Tensor, input: Tensor, out: Tensor) -> bool:
-    """Of the dtype of ``out``, or both bfloat16 where that is float32."""
-    dtype = grad.dtype
-    if dtype != out.dtype and not (dtype == torch.bfloat16 and out.dtype == torch.float32):
-        return False
-    return input.dtype == dtype
-
-
-def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
-    # The dispatcher looks at one tensor's device, and kernels read memory where they run.
-    for argument, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            _refuse(
-                op, argument, f"a tensor on {device}, as the others, got one on {tensor.device}"
-            )
-
-
 def _may_round(out: Tensor, allow_tf32: bool | None) -> bool:
     if allow_tf32 is None:
         return out.is_cuda and torch.backends.cuda.matmul.allow_tf32
@@ -369,19 +603,8 @@ def linear_sum_grad_squared_(
     Raises:
         ValueError: a shape, dtype or device does not fit, or ``power`` is neither.
     """
-    op, g, x = "linear_sum_grad_squared_", grad.shape, input.shape
-    if len(g) != 3:
-        _refuse(op, "grad", "[N, T, O]")
-    if len(x) != 3 or x[0] != g[0] or x[1] != g[1]:
-        _refuse(op, "input", "[N, T, I]")
-    if out.shape != (g[2], x[2]):
-        _refuse(op, "out", "[O, I]")
-    if not _are_operands(grad, input, out):
-        _refuse(op, "grad, input", _OPERANDS)
-    if power not in (1, 2):
-        _refuse(op, "power", "1 or 2")
-    _check_devices(op, out.device, grad=grad, input=input)
-    if g[1] == 1 and (_may_round(out, allow_tf32) or not _may_round(out, None)):
+    _check_linear(out, grad, input, power)
+    if grad.shape[1] == 1 and (_may_round(out, allow_tf32) or not _may_round(out, None)):
         # One position: the square of a product is the product of squares, a plain GEMM; unless the
         # BLAS would round what this call may not.
         grad, input = grad.squeeze(1).to(out.dtype), input.squeeze(1).to(out.dtype)
@@ -424,18 +647,7 @@ def conv2d_sum_grad_squared_(
     Raises:
         ValueError: a shape or device does not fit, or ``power`` is neither.
     """
-    op, g, x, o = "conv2d_sum_grad_squared_", grad.shape, input.shape, out.shape
-    if len(g) != 4:
-        _refuse(op, "grad", "[N, O, OH, OW]")
-    if len(x) != 4 or x[0] != g[0]:
-        _refuse(op, "input", "[N, C, H, W]")
-    if len(o) != 4 or groups < 1 or o[0] != g[1] or o[1] != x[1] // groups:
-        _refuse(op, "out", "[O, C / groups, KH, KW]")
-    if not _are_operands(grad, input, out):
-        _refuse(op, "grad, input", _OPERANDS)
-    if power not in (1, 2):
-        _refuse(op, "power", "1 or 2")
-    _check_devices(op, out.device, grad=grad, input=input)
+    _check_conv2d(out, grad, input, groups, power)
     operator = backends.operator("conv2d_sum_grad_squared_", out.device)
     geometry = (stride, padding, dilation, groups)
     operator(out, grad, input, *geometry, alpha, power, _may_round(out, allow_tf32))
@@ -476,39 +688,11 @@ def channel_sum_grad_squared_(
     Raises:
         ValueError: a shape or device does not fit, or ``power`` is neither.
     """
-    op, g = "channel_sum_grad_squared_", grad.shape
-    if len(g) != 3:
-        _refuse(op, "grad", "[N, T, C]")
-    if weight is None and bias is None:
-        _refuse(op, "weight, bias", "at least one of them")
-    if (input is None) != (weight is None):
-        _refuse(op, "input", "with weight, and only with it")
-    if weight is not None and weight.shape != g[2:]:
-        _refuse(op, "weight", "[C]")
-    if bias is not None and bias.shape != g[2:]:
-        _refuse(op, "bias", "[C]")
+    statistics = {"mean": mean, "scale": scale}
+    _check_channel(weight, bias, grad, input, grad_input, factor, power, **statistics)
     if input is not None:
-        if input.shape != g:
-            _refuse(op, "input", "[N, T, C]")
         mean = None if mean is None else mean.expand_as(grad)
         scale = (grad.new_ones(()) if scale is None else scale).expand_as(grad)
-    if (factor is None) != (grad_input is None):
-        _refuse(op, "factor", "with grad_input, and only then")
-    if grad_input is not None and (grad_input.shape != g or grad_input.stride() != grad.stride()):
-        _refuse(op, "grad_input", "[N, T, C] with the strides of grad")
-    if power not in (1, 2):
-        _refuse(op, "power", "1 or 2")
-    _check_devices(
-        op,
-        grad.device,
-        weight=weight,
-        bias=bias,
-        input=input,
-        mean=mean,
-        scale=scale,
-        grad_input=grad_input,
-        factor=factor,
-    )
     operator = backends.operator("channel_sum_grad_squared_", grad.device)
     operator(weight, bias, grad, input, mean, scale, grad_input, factor, alpha, power)
     outs = [out for out in (weight, bias, grad_input) if out is not None]
@@ -537,16 +721,7 @@ def embedding_sum_grad_squared_(
     Raises:
         ValueError: a shape or device does not fit, or ``power`` is neither.
     """
-    op, g = "embedding_sum_grad_squared_", grad.shape
-    if out.dim() != 2:
-        _refuse(op, "out", "[V, D]")
-    if len(g) != 3 or g[2] != out.shape[1]:
-        _refuse(op, "grad", "[N, T, D]")
-    if index.shape != g[:2]:
-        _refuse(op, "index", "[N, T]")
-    if power not in (1, 2):
-        _refuse(op, "power", "1 or 2")
-    _check_devices(op, out.device, grad=grad, index=index)
+    _check_embedding(out, grad, index, power)
     operator = backends.operator("embedding_sum_grad_squared_", out.device)
     operator(out, grad, index.long(), padding_index, alpha, power)
     torch.autograd.graph.increment_version(out)

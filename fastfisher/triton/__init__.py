@@ -29,11 +29,6 @@ KERNELS = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-
-def _fake(*_args: object, **_kwargs: object) -> None:
-    """The operators only mutate their arguments."""
-
-
 for _schema in ops.SCHEMAS:
     _name = _schema.partition("(")[0]
     if _name not in KERNELS:
@@ -42,4 +37,4 @@ for _schema in ops.SCHEMAS:
     _library.impl(_name, KERNELS[_name], "CUDA")
     if launch.INTERPRETED:
         _library.impl(_name, KERNELS[_name], "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", ops.FAKES[_name], lib=_library)

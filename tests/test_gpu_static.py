@@ -18,7 +18,7 @@ import fastfisher
 from fastfisher import _build
 
 from . import budgets
-from .emulation import sass
+from .emulation import sass, triton_sass
 from .emulation.launches import Launch, noting
 from .emulation.occupancy import LIMITS, RESERVED, blocks_per_sm
 from .emulation.sass import ARCHITECTURES, ROOT, Kernel, ToolsMissing, matching
@@ -41,15 +41,13 @@ def launches() -> dict[str, list[Launch]]:
     return budgets.launches_of_cases()
 
 
-@pytest.mark.usefixtures("toolkit")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_kernels_stay_within_budget(
-    source: str, architecture: int, launches: dict[str, list[Launch]]
+def assert_within_budgets(
+    kernels: list[Kernel], source: str, architecture: int, launches: dict[str, list[Launch]]
 ) -> None:
-    kernels = sass.compile_kernels(CUDA / f"{source}.cu", architecture)
     recorded = {
-        name: of_kernel[f"sm_{architecture}"] for name, of_kernel in budgets.read(source).items()
+        name: of_kernel[f"sm_{architecture}"]
+        for name, of_kernel in budgets.read(source).items()
+        if f"sm_{architecture}" in of_kernel
     }
     assert {kernel.name for kernel in kernels} == set(recorded), f"record: {budgets.RECORD}"
     problems = [
@@ -63,8 +61,28 @@ def test_kernels_stay_within_budget(
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.usefixtures("toolkit")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_stay_within_budget(
+    source: str, architecture: int, launches: dict[str, list[Launch]]
+) -> None:
+    kernels = sass.compile_kernels(CUDA / f"{source}.cu", architecture)
+    assert_within_budgets(kernels, source, architecture, launches)
+
+
+@pytest.mark.parametrize("capability", triton_sass.CAPABILITIES)
+def test_triton_kernels_stay_within_budget(capability: int) -> None:
+    pytest.importorskip("triton")
+    kernels = triton_sass.compile_all([capability])
+    launches = budgets.triton_launches(kernels)
+    assert_within_budgets(kernels, triton_sass.SOURCE, capability, launches)
+
+
 def test_every_budget_has_a_source() -> None:
-    assert sorted(path.stem for path in budgets.FOLDER.glob("*.json")) == SOURCES
+    assert sorted(path.stem for path in budgets.FOLDER.glob("*.json")) == sorted(
+        [*SOURCES, triton_sass.SOURCE]
+    )
 
 
 @pytest.mark.usefixtures("toolkit")

@@ -64,7 +64,8 @@ class Rule:
         return bool(re.fullmatch(self.kernels, function) and re.search(self.arguments, arguments))
 
 
-_TF32 = ("HMMA.TF32",)
+_TENSOR = ("HMMA", "HGMMA", "UTC*MMA")
+_TF32 = ("HMMA.TF32", "HGMMA.TF32")
 
 #: For each kernel the first rule that applies counts; one without a rule is refused.
 RULES: tuple[Rule, ...] = (
@@ -79,6 +80,12 @@ RULES: tuple[Rule, ...] = (
     # Adds partial sums up: bytes are all it has, and 16 at a time where out allows it.
     Rule("outer_reduce", ("LDG.128", "STG.128"), forbidden=("HMMA",), arguments="[24]>$"),
     Rule("outer_reduce", ("LDG",), forbidden=("HMMA",)),
+    # Triton's, named by kernel and call. It has instructions of its own for later devices.
+    Rule("outer_tile: .*float32.*", ("FFMA",), forbidden=_TENSOR),
+    Rule("outer_tile: .*float64.*", forbidden=_TENSOR),
+    Rule("outer_tile: .*tf32.*", one_of=("HMMA.TF32", "HGMMA.TF32", "UTC*MMA")),
+    Rule("outer_tile: .*bfloat16.*", one_of=("HMMA", "HGMMA", "UTC*MMA"), forbidden=_TF32),
+    Rule(r"\w+: .*", forbidden=_TENSOR),
 )
 
 
@@ -94,7 +101,7 @@ def breaches(kernel: Kernel) -> list[str]:
     rule = next((rule for rule in RULES if rule.applies(kernel.name)), None)
     if rule is None:
         return [*found, "no rule in tests/budgets/__init__.py says what kind of kernel it is"]
-    double = () if "double" in kernel.name else _DOUBLE
+    double = () if re.search("double|float64", kernel.name) else _DOUBLE
     found += [
         f"{kernel.count(pattern)} {pattern}, which are forbidden"
         for pattern in (*_LOCAL, *double, *rule.forbidden)
@@ -172,6 +179,14 @@ def launches_of_cases() -> dict[str, list[Launch]]:
     for launch in launches:
         kinds.setdefault(launch.kernel, {})[launch.threads, launch.shared] = launch
     return {kernel: list(each.values()) for kernel, each in kinds.items()}
+
+
+def triton_launches(kernels: Iterable[Kernel]) -> dict[str, list[Launch]]:
+    """Launches of Triton kernels, whose compiler says what a block has."""
+    return {
+        kernel.name: [Launch(kernel.name, (1, 1, 1), (kernel.threads, 1, 1), 0)]
+        for kernel in kernels
+    }
 
 
 def path_of(source: str) -> Path:

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from tests import budgets
+from tests.emulation import triton_sass
 from tests.emulation.sass import ToolsMissing, compile_all
 
 
@@ -29,6 +30,9 @@ def main() -> int:
     except ToolsMissing as error:
         parser.error(str(error))
     launches = budgets.launches_of_cases()
+    twins = triton_sass.compile_all(triton_sass.CAPABILITIES)
+    launches.update(budgets.triton_launches(twins))
+    kernels += twins
     if arguments.record:
         try:
             written = budgets.record(kernels, launches)

@@ -29,6 +29,19 @@ __device__ __forceinline__ void ff_cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
+// Stores 16 aligned bytes at once. Where a plain store stands under a condition, the compiler takes
+// it apart.
+__device__ __forceinline__ void ff_store(float* to, const float (&from)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+               : "memory");
+}
+__device__ __forceinline__ void ff_store(double* to, const double (&from)[2]) {
+  asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "d"(from[0]),
+               "d"(from[1])
+               : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements, lane i naming row i % 8 of matrix i / 8: r[m] is of
 // matrix m the elements (lane / 4, 2 * (lane % 4) and the next). Eight rows of 16 bytes are also 8
 // x 4 floats.

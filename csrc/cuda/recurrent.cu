@@ -3,6 +3,7 @@
 #include "recurrent.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "device.h"
 #include "vectors.h"
@@ -13,16 +14,16 @@ namespace {
 constexpr int kThreads = 256;           // of a block
 constexpr int64_t kMostBlocks = 65535;  // of a grid's second dimension
 
-// Numbers of neighbouring units.
-template <typename T, int count>
-struct alignas(count * sizeof(T)) Units {
-  T lanes[count];
+// The number of a single unit, where there are no vectors.
+template <typename T>
+struct Single {
+  static constexpr int size = 1;
+  T lanes[1];
 };
-
 template <typename T, bool vector>
 struct Step {
-  static constexpr int count = vector ? Vector<T>::size : 1;
-  using Values = Units<T, count>;
+  using Values = std::conditional_t<vector, Vector<T>, Single<T>>;
+  static constexpr int count = Values::size;
 
   // The row's numbers from `at` on.
   template <typename Data>
@@ -34,7 +35,12 @@ struct Step {
   }
   __device__ __forceinline__ static void write(const Rows<T>& to, int64_t row, int64_t at,
                                                const Values& values) {
-    *reinterpret_cast<Values*>(to.data + row * to.stride + at) = values;
+    T* const place = to.data + row * to.stride + at;
+    if constexpr (vector) {
+      ff_store(place, values.lanes);
+    } else {
+      *place = values.lanes[0];
+    }
   }
   // Zeros where the operand is absent.
   __device__ __forceinline__ static void add(Values& to, const Rows<const T>& from, int64_t row,

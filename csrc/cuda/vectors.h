@@ -3,6 +3,7 @@
 
 #include "../outer_shape.h"
 #include "device.h"
+#include "ptx.h"
 
 namespace fastfisher::cuda {
 
@@ -52,7 +53,7 @@ template <bool vector, typename T>
 __device__ __forceinline__ void store(T* to, const Vector<T>& from, int64_t stride, int apart,
                                       int64_t left) {
   if constexpr (vector) {
-    if (left > 0) *reinterpret_cast<Vector<T>*>(to) = from;
+    if (left > 0) ff_store(to, from.lanes);
   } else {
 #pragma unroll
     for (int k = 0; k < Vector<T>::size; ++k) {

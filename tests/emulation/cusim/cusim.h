@@ -170,6 +170,12 @@ template <int left>
 inline void ff_cp_wait() {
   ::cusim::cp_wait(left);
 }
+inline void ff_store(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+inline void ff_store(double* to, const double (&from)[2]) {
+  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
+}
 
 namespace cusim {
 // The four sums of a lane, of m16n8 matrices whose elements `a(row, k)` and `b(k, column)` give;

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "device.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace fastfisher::cuda {
 namespace {

@@ -2,7 +2,7 @@
 #include "gather.h"
 
 #include "device.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace fastfisher::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "device.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace fastfisher::cuda {
 namespace {

@@ -20,11 +20,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 VARIABLE = "FASTFISHER_BACKEND"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,16 @@ def forced() -> str | None:
     return _forced or _from_environment()
 
 
-# What a cached function returns is a constant of traced programs: tracing does not see caches.
-@torch.compiler.assume_constant_result
+def _constant_in_traces(function: Callable[P, R]) -> Callable[P, R]:
+    """What a cached function returns is a constant of traced programs: tracing sees no caches.
+
+    As ``torch.compiler.assume_constant_result``, which imports the compiler, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_traces
 def _from_environment() -> str | None:
     return _environment()
 
@@ -153,7 +164,7 @@ def _operator(name: str, namespace: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_traces
 def _automatic(device: str, index: int | None) -> str:
     return _first(device, index)
 

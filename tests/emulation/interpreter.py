@@ -3,8 +3,7 @@
 As it comes it reads and writes any address, runs one program after another so that races go
 unseen, multiplies the bit patterns of bfloat16 numbers, knows no tf32, and lets int32 wrap. Inside
 :func:`guarded` each access has to lie in a tensor of the launch, programs must not touch what
-others write, matrix products round as a GPU's do, and an overflowing index is an error. What goes
-wrong in a kernel is raised as triton's ``InterpreterError``.
+others write, matrix products round as a GPU's do, and an overflowing index is an error.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 # Tensors that span more elements than this have their accesses noted one by one.
 _DENSE_ELEMENTS = 1 << 22
@@ -85,7 +85,8 @@ class _Memory:
 class _Guard:
     """The tensors of the launch that is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, checks: bool) -> None:
+        self.checks = checks
         self.memories: list[_Memory] = []
         self._programs: dict[tuple[int, ...], int] = {}
 
@@ -100,6 +101,8 @@ class _Guard:
 
     def access(self, builder: Any, pointers: Any, mask: Any, kind: str) -> None:
         """Checks an access of all lanes that the mask lets through."""
+        if not self.checks:
+            return
         addresses = pointers.data.astype(np.uint64)
         if mask is not None:
             addresses = addresses[np.broadcast_to(mask.data, addresses.shape).astype(bool)]
@@ -190,10 +193,40 @@ def _accesses(guard: _Guard, name: str, kind: str, pointer: int, mask: int | Non
     return access
 
 
+class Interpreted:
+    """The operators of ``torch.ops.fastfisher_triton``, as an object that has them as attributes.
+
+    What they allocate is NaN until it is written, and an error in a kernel is raised as it was,
+    not as the interpreter's report of it.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.fastfisher_triton, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True)
+            try:
+                return operator(*args, **kwargs)
+            except InterpreterError as error:
+                cause: BaseException = error
+                while isinstance(cause, InterpreterError) and cause.__cause__ is not None:
+                    cause = cause.__cause__
+                raise cause from error
+            finally:
+                torch.use_deterministic_algorithms(before)
+
+        return call
+
+
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Guards every launch in the block."""
-    guard = _Guard()
+def guarded(checks: bool = True) -> Iterator[None]:
+    """Guards every launch in the block.
+
+    Args:
+        checks: whether accesses and overflow are checked; numbers are a GPU's in any case.
+    """
+    guard = _Guard(checks)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
 
     def begin(_: Any, args: Any, kwargs: Any) -> Any:
@@ -213,7 +246,7 @@ def guarded() -> Iterator[None]:
         (executor, "_init_args_hst"): begin,
         (executor, "_restore_args_dev"): lambda *_: None,
         # Asserts of overflow are only made under this option.
-        (interpreter.interpreter_builder, "options"): interpreter.InterpreterOptions(debug=True),
+        (interpreter.interpreter_builder, "options"): interpreter.InterpreterOptions(debug=checks),
     }
     stack = [mock.patch.object(owner, name, new) for (owner, name), new in patches.items()]
     for patch in stack:

@@ -148,13 +148,10 @@ def _ways(rung: Rung, sources: Path, namespace: str) -> Iterator[tuple[str, Any,
 
 
 def _interpreted(rung: Rung) -> tuple[Any, AbstractContextManager[Any]]:
-    import torch
-
     importlib.import_module("fastfisher.triton")
-    context: AbstractContextManager[Any] = nullcontext()
-    if rung == "guard":
-        context = importlib.import_module("tests.emulation.guard").guarded()
-    return torch.ops.fastfisher_triton, context
+    from ..emulation.interpreter import Interpreted, guarded
+
+    return Interpreted(), guarded(checks=rung == "guard")
 
 
 def first_failure(

@@ -1,4 +1,4 @@
-"""Calls that launch every shipped form of the gather family's Triton kernels."""
+"""Cases and calls of the gather family's Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .case import Case
+from .gather import ends_in_padding, gather_case, one_token
+
+# On both sides of the interpreter's pieces of 16 positions, and of the pairs of them that a program
+# looks at in one go when it adds up a token.
+CASES: list[Case] = [
+    gather_case((samples, positions, 5), tokens, kernel="gather_spans", vocabulary=4, small=True)
+    for samples, positions in ((1, 17), (2, 16), (3, 16), (1, 49), (2, 31))
+    for tokens in (one_token, ends_in_padding)
+]
 
 
 def _embedding(dtype: torch.dtype, odd: bool) -> Callable[[Any], None]:

@@ -1,4 +1,4 @@
-"""Calls that launch every shipped form of the recurrent steps' Triton kernels."""
+"""Cases and calls of the recurrent steps' Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .case import Case
+from .recurrent import step_case
+
+_OPERANDS: dict[str, dict[str, bool]] = {
+    "lstm_step": {"bias": True},
+    "lstm_step_backward": {"output": True, "state": True, "in_place": True},
+    "gru_step": {"bias": True},
+    "gru_step_backward": {"output": True, "in_place": True},
+}
+# On both sides of the interpreter's tiles of 4 rows and 32 units.
+CASES: list[Case] = [
+    step_case(kernel, rows, units, precision=precision, small=units < 40, **operands)
+    for kernel, operands in _OPERANDS.items()
+    for precision, sizes in {
+        "float32": itertools.product((1, 4, 5, 9), (31, 32, 34, 64, 65)),
+        "float64": itertools.product((3, 5), (16, 33, 70)),
+    }.items()
+    for rows, units in sizes
+]
 
 
 def _steps(dtype: torch.dtype, odd: bool) -> Callable[[Any], None]:

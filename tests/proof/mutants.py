@@ -16,7 +16,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -30,12 +29,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from ..emulation import build
 from ..emulation.checked import checked
-from .case import Case
+from .case import Case, all_cases, families
 
 Rung = Literal["values", "cucheck", "asan", "ptxsim", "interpreter", "guard", "static"]
 
@@ -90,16 +88,9 @@ class Outcome:
     seconds: float
 
 
-def _modules() -> Iterator[ModuleType]:
-    package = importlib.import_module(__package__)
-    for found in pkgutil.iter_modules(package.__path__):
-        if found.name != "mutants":
-            yield importlib.import_module(f"{__package__}.{found.name}")
-
-
 def all_mutants() -> list[Mutant]:
     """The bugs of every family."""
-    return [each for module in _modules() for each in getattr(module, "MUTANTS", [])]
+    return [each for family in families() for each in getattr(family, "MUTANTS", [])]
 
 
 def cases_of(kernel: str) -> list[Case]:
@@ -108,8 +99,7 @@ def cases_of(kernel: str) -> list[Case]:
     Raises:
         ValueError: there are none.
     """
-    families = [getattr(module, "CASES", []) for module in _modules()]
-    cases = [case for family in families for case in family if case.kernel == kernel]
+    cases = [case for case in all_cases() if case.kernel == kernel]
     if not cases:
         raise ValueError(f"no proof case is of the kernel {kernel}")
     return sorted(cases, key=lambda case: not case.small)

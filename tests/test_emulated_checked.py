@@ -1,0 +1,17 @@
+"""Every access of the CUDA kernels is in bounds, of memory that was written, and races with none."""
+
+from __future__ import annotations
+
+import pytest
+
+from .emulation.build import Order, load, scheduling
+from .emulation.checked import checked
+from .proof.case import Case, all_cases, first_small
+
+
+@pytest.mark.parametrize("order", ["forward", "random"])
+@pytest.mark.parametrize("case", first_small(all_cases(), 12), ids=lambda case: case.name)
+def test_nothing_is_reported(case: Case, order: Order) -> None:
+    operators = checked()
+    with scheduling(order, seed=5, library=load("checked")):
+        case.run(operators)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastfisher import ops, topr
+from fastfisher import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -68,7 +68,7 @@ def _cuda_include() -> Path:
     return path
 
 
-def _include_flags() -> list[str]:
+def include_flags() -> list[str]:
     others = [Path(torch.__file__).parent / "include", _cuda_include()]
     return [f"-I{CUSIM}", f"-I{SOURCES / 'cuda'}", *(f"-isystem{path}" for path in others)]
 
@@ -107,8 +107,8 @@ def _compile(source: Path, flags: Sequence[str], sources: Path, directory: Path)
     target = directory / f"{source.stem}-{key}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
-        command = [_compiler(), *options, *_include_flags()]
-        command += [f"-ffile-prefix-map={sources}=csrc"]
+        command = [_compiler(), *options, *include_flags()]
+        command += [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={CUSIM}=cusim"]
         command += ["-x", "c++", "-c", str(source), "-o", str(unfinished)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -187,7 +187,7 @@ def load(
     kind: Kind = "plain",
     sources: Path = SOURCES,
     namespace: str | None = None,
-    schemas: tuple[str, ...] = (*ops.SCHEMAS, *topr.SCHEMAS),
+    schemas: tuple[str, ...] = ops.SCHEMAS,
 ) -> Path:
     """Builds a library and registers its operators; returns its path.
 
@@ -240,7 +240,7 @@ def scheduling(
 
 @functools.cache
 def define_operators(
-    namespace: str = NAMESPACES["plain"], schemas: tuple[str, ...] = (*ops.SCHEMAS, *topr.SCHEMAS)
+    namespace: str = NAMESPACES["plain"], schemas: tuple[str, ...] = ops.SCHEMAS
 ) -> torch.library.Library:
     """The schemas, for a library's kernels to be registered with."""
     library = torch.library.Library(namespace, "DEF")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfisher import ops
 
+from . import outer
 from .case import Case
 from .layout import CONTIGUOUS, DTYPES, Held, Layout, check, numbers
 
@@ -245,4 +246,19 @@ _TINY = [
     conv((2, 6, 8, 8), 6, (3, 3), groups=6, precision="float64", nhwc=True, kernel=GROUPS),
 ]
 
-CASES: list[Case] = [*_LINEAR, *_CONV, *_DOUBLE, *_TINY]
+_BFLOAT16 = [
+    outer.conv_case(
+        shape,
+        shape[1],
+        (3, 3),
+        "bfloat16",
+        padding=(1, 1),
+        groups=shape[1],
+        channels_last=channels_last,
+        kernel=GROUPS,
+        small=True,
+    )
+    for shape, channels_last in (((5, 7, 8, 9), False), ((3, 40, 6, 5), True))
+]
+
+CASES: list[Case] = [*_LINEAR, *_CONV, *_DOUBLE, *_TINY, *_BFLOAT16]

@@ -1,4 +1,4 @@
-"""Every access of the CUDA kernels is in bounds, of memory that was written, and races with none."""
+"""Each access of the CUDA kernels is in bounds, of written memory, and races with none."""
 
 from __future__ import annotations
 

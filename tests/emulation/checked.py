@@ -72,7 +72,7 @@ class Operators:
         return call
 
     def _call(self, operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        for begin, size, written in _merged(written_and_read(operator, arguments, keywords)):
+        for begin, size, written in merged_spans(written_and_read(operator, arguments, keywords)):
             self._emulator.cusim_region(begin, size, written)
         try:
             return operator(*arguments, **keywords)
@@ -80,7 +80,7 @@ class Operators:
             self._emulator.cusim_forget_regions()
 
 
-def _merged(tensors: Sequence[tuple[Tensor, bool]]) -> list[tuple[int, int, bool]]:
+def merged_spans(tensors: Sequence[tuple[Tensor, bool]]) -> list[tuple[int, int, bool]]:
     """Spans of memory that do not overlap: address, bytes, whether a tensor in it is written."""
     spans = sorted((*storage_span(tensor), written) for tensor, written in tensors)
     merged: list[tuple[int, int, bool]] = []

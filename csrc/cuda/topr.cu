@@ -327,6 +327,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       return reached;
     };
     const uint64_t kept = word.visit<Key>(table, wanted, look);
+    __syncwarp();  // All have read what the first lane overwrites.
     const bool first_lane = threadIdx.x % 32 == 0;
     if (pass != Pass::kFirst) {
       if (first_lane) candidates[w] = kept;
@@ -410,6 +411,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       return reached;
     };
     const uint64_t kept = word.visit<Key>(table, candidates[w], look);
+    __syncwarp();  // All have read what the first lane overwrites.
     above = __reduce_add_sync(kAll, above);
     equal = __reduce_add_sync(kAll, equal);
     if (threadIdx.x % 32 != 0) return;
@@ -654,7 +656,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       ties = 0;
     }
     bits |= ties;
-    const Layout row = record != nullptr ? layout[tensor] : Layout{};
+    // Not the runs, which other warps add to.
+    int64_t index_width = 0;
+    char *code = nullptr, *values = nullptr;
+    if (record != nullptr) {
+      index_width = layout[tensor].index_width;
+      code = record + layout[tensor].code;
+      values = record + layout[tensor].values;
+    }
     int64_t rank = 0;  // among what the tensor selects
     if (record != nullptr) {
       rank = before[c] - before[entry->first_chunk] + above_before +
@@ -669,8 +678,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
                   static_cast<unsigned long long>(runs));
       }
       // A part of the record ends at a multiple of 16 bytes.
-      if (row.index_width == 0 && lane * 32 < count) {
-        reinterpret_cast<unsigned*>(record + row.code)[in_tensor * 32 + lane] = bits;
+      if (index_width == 0 && lane * 32 < count) {
+        reinterpret_cast<unsigned*>(code)[in_tensor * 32 + lane] = bits;
       }
     }
     for (int part = 0; part < 32; ++part) {
@@ -681,11 +690,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         const int64_t own = rank + __popc(mask & ((1u << lane) - 1));
         char* const at = entry->target.data +
                          offset_of(entry->target, table.numbers, index) * entry->target_width;
-        take(at, entry->target_width, record == nullptr ? nullptr : record + row.values, own);
-        if (row.index_width == 4) {
-          reinterpret_cast<int32_t*>(record + row.code)[own] = static_cast<int32_t>(index);
-        } else if (row.index_width == 8) {
-          reinterpret_cast<int64_t*>(record + row.code)[own] = index;
+        take(at, entry->target_width, values, own);
+        if (index_width == 4) {
+          reinterpret_cast<int32_t*>(code)[own] = static_cast<int32_t>(index);
+        } else if (index_width == 8) {
+          reinterpret_cast<int64_t*>(code)[own] = index;
         }
       }
       rank += __popc(mask);

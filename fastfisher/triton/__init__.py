@@ -13,15 +13,18 @@ from types import ModuleType
 import torch
 
 from .. import ops
-from . import channel, gather, launch, outer, recurrent
+from .. import topr as selection
+from . import channel, gather, launch, outer, recurrent, topr
 
 NAMESPACE = "fastfisher_triton"
 
-_FAMILIES: tuple[ModuleType, ...] = (outer, channel, gather, recurrent)
+_FAMILIES: tuple[ModuleType, ...] = (outer, channel, gather, recurrent, topr)
+_SCHEMAS = (*ops.SCHEMAS, *selection.SCHEMAS)
+_FAKES = {**ops.FAKES, **selection.FAKES}
 # A family's module has a function of the operator's name for each operator it implements.
 KERNELS = {
     name: getattr(family, name)
-    for name in (schema.partition("(")[0] for schema in ops.SCHEMAS)
+    for name in (schema.partition("(")[0] for schema in _SCHEMAS)
     for family in _FAMILIES
     if hasattr(family, name)
 }
@@ -29,12 +32,10 @@ KERNELS = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-for _schema in ops.SCHEMAS:
+for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
-    if _name not in KERNELS:
-        continue
     _library.define(_schema)
     _library.impl(_name, KERNELS[_name], "CUDA")
     if launch.INTERPRETED:
         _library.impl(_name, KERNELS[_name], "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", ops.FAKES[_name], lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_name], lib=_library)

@@ -31,7 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 import fastfisher.triton as twins
 from fastfisher.triton import launch
 
-from ..proof import triton_channel, triton_gather, triton_outer, triton_recurrent
+from ..proof import triton_channel, triton_gather, triton_outer, triton_recurrent, triton_topr
 
 CAPABILITIES = (80, 90, 100, 120)
 _CALLS = {
@@ -39,6 +39,7 @@ _CALLS = {
     **triton_channel.CALLS,
     **triton_gather.CALLS,
     **triton_recurrent.CALLS,
+    **triton_topr.CALLS,
 }
 # As many as an A100 has; it decides how samples are divided, and no more.
 _MULTIPROCESSORS = 108

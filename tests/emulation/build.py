@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastfisher import ops
+from fastfisher import ops, topr
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -33,6 +33,7 @@ CUSIM = Path(__file__).parent / "cusim"
 Kind = Literal["plain", "checked", "sanitized"]
 Order = Literal["forward", "reverse", "random"]
 
+SCHEMAS = (*ops.SCHEMAS, *topr.SCHEMAS)
 NAMESPACES: dict[Kind, str] = {
     "plain": "fastfisher_emulated",
     "checked": "fastfisher_checked",
@@ -187,7 +188,7 @@ def load(
     kind: Kind = "plain",
     sources: Path = SOURCES,
     namespace: str | None = None,
-    schemas: tuple[str, ...] = ops.SCHEMAS,
+    schemas: tuple[str, ...] = SCHEMAS,
 ) -> Path:
     """Builds a library and registers its operators; returns its path.
 
@@ -240,7 +241,7 @@ def scheduling(
 
 @functools.cache
 def define_operators(
-    namespace: str = NAMESPACES["plain"], schemas: tuple[str, ...] = ops.SCHEMAS
+    namespace: str = NAMESPACES["plain"], schemas: tuple[str, ...] = SCHEMAS
 ) -> torch.library.Library:
     """The schemas, for a library's kernels to be registered with."""
     library = torch.library.Library(namespace, "DEF")

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfisher import ops
-
-from .build import NAMESPACES, SOURCES, Kind, load, runtime
+from .build import NAMESPACES, SCHEMAS, SOURCES, Kind, load, runtime
 
 
 class CheckError(AssertionError):
@@ -130,7 +128,7 @@ def source_line(library: Path, offset: str) -> str:
 def checked(
     sources: Path = SOURCES,
     namespace: str | None = None,
-    schemas: tuple[str, ...] = ops.SCHEMAS,
+    schemas: tuple[str, ...] = SCHEMAS,
 ) -> CheckedOperators:
     """The operators of a checked build, which raise on any report.
 

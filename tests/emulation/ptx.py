@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfisher import ops
-
-from .build import NAMESPACES, ROOT, SOURCES, load
+from .build import NAMESPACES, ROOT, SCHEMAS, SOURCES, load
 from .checked import CheckError, Operators
 from .ptx_program import Program, PtxError, entry_names, parse
 from .ptxsim import launch
@@ -188,7 +186,7 @@ class ReplayedOperators(Operators):
 def replayed(
     sources: Path = SOURCES,
     namespace: str | None = None,
-    schemas: tuple[str, ...] = ops.SCHEMAS,
+    schemas: tuple[str, ...] = SCHEMAS,
 ) -> ReplayedOperators:
     """The operators of the emulated build, their kernels run as compiled PTX.
 

@@ -100,7 +100,7 @@ def conv_case(
     """A convolution of an input of ``shape`` (N, C, H, W)."""
 
     def run(operators: Any) -> float:
-        n, c, h, w = shape
+        n, _, h, w = shape
         size = [
             (e + 2 * p - d * (k - 1) - 1) // s + 1
             for e, p, d, k, s in zip((h, w), padding, dilation, kernel_size, stride, strict=True)
@@ -134,8 +134,3 @@ def conv_case(
     ]
     parts += ["NHWC"] * channels_last + [f"|g|^{power}"] * (power != 2)
     return Case(" ".join(parts), kernel, run, small)
-
-
-CASES: list[Case] = [
-    linear_case((3, 5, 7, 9), kernel="outer_simt", small=True),
-]

@@ -152,7 +152,7 @@ MUTANTS: list[Mutant] = [
         "lstm_step",
         "the exponential's series is too short",
         "_TERMS_FLOAT = tl.constexpr(7)",
-        "_TERMS_FLOAT = tl.constexpr(4)",
+        "_TERMS_FLOAT = tl.constexpr(3)",
     ),
     _step(
         "lstm_step",
@@ -194,9 +194,10 @@ MUTANTS: list[Mutant] = [
     ),
     _step(
         "gru_step",
-        "the product has the gates' stride",
-        "product = product_ptr + row * product_row + unit",
-        "product = product_ptr + row * gates_row + unit",
+        "the candidates have the gates' stride",
+        "tl.store(candidate_ptr + row * candidate_row + unit, candidate, mask=valid)",
+        "tl.store(candidate_ptr + row * gates_row + unit, candidate, mask=valid)",
+        "guard",
     ),
     _step(
         "gru_step",

@@ -80,7 +80,7 @@ def gather_pieces(  # type: ignore[no-untyped-def]
     start = begin
     active = start < end
     while active:
-        rows = ()
+        tokens, samples, rows = (), (), ()
         for i in tl.static_range(AHEAD):
             at = start + i
             inside = at < total_positions
@@ -91,11 +91,13 @@ def gather_pieces(  # type: ignore[no-untyped-def]
             inside &= (v != padding_index) & (v >= 0) & (v < vocabulary)
             at_row = grad_ptr + n * grad_n + t * grad_t + column * grad_d
             row = tl.load(at_row, mask=valid & inside, other=0.0)
+            tokens = tokens + (v,)  # type: ignore[assignment]  # noqa: RUF005
+            samples = samples + (n,)  # type: ignore[assignment]  # noqa: RUF005
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AHEAD):
             at = start + i
-            v = tl.load(tokens_ptr + at, mask=at < total_positions, other=-1)
-            n = tl.load(samples_ptr + at, mask=at < total_positions, other=-1)
+            v = tokens[i]
+            n = samples[i]
             same_run = (v == token) & (n == sample)
             active &= (at < total_positions) & ((at < end) | (owned & same_run))
             if active:

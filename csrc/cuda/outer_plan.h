@@ -51,7 +51,7 @@ struct OuterTask {
 
 // Threads that keep a device busy, and positions that a split should have for its sums to cost
 // little.
-#if defined(FASTFISHER_EMULATED)
+#if defined(FASTFISHER_EMULATED) && !defined(FASTFISHER_PLAN_FOR_DEVICE)
 // Of a device so small that shapes quick to emulate come to every tile and to splits.
 constexpr int64_t kBusyThreads = 512;
 constexpr int64_t kSplitPositions = 16;

@@ -3,9 +3,10 @@
 The library defines the operators of fastfisher for CPU tensors, in a namespace of its own. Objects
 are kept in ``build/emulated`` under a hash of all they were made of.
 
-There are three kinds of build: ``plain``; ``checked``, whose kernels report what cucheck.cpp sees;
-and ``sanitized``, under g++'s address and undefined-behaviour sanitizers, which wants their library
-loaded before Python (:func:`sanitizer_environment`).
+There are four kinds of build: ``plain``; ``planned``, which divides work as for a device, where the
+others do as for a tiny one: for launches that are noted and not run; ``checked``, whose kernels
+report what cucheck.cpp sees; and ``sanitized``, under g++'s address and undefined-behaviour
+sanitizers, which wants their library loaded before Python (:func:`sanitizer_environment`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 CUSIM = Path(__file__).parent / "cusim"
 
-Kind = Literal["plain", "checked", "sanitized"]
+Kind = Literal["plain", "planned", "checked", "sanitized"]
 Order = Literal["forward", "reverse", "random"]
 
 SCHEMAS = (*ops.SCHEMAS, *topr.SCHEMAS)
 NAMESPACES: dict[Kind, str] = {
     "plain": "fastfisher_emulated",
+    "planned": "fastfisher_planned",
     "checked": "fastfisher_checked",
     "sanitized": "fastfisher_sanitized",
 }
@@ -47,11 +49,13 @@ _CHECKED = "-fsanitize=thread,alignment,bounds,signed-integer-overflow,shift,int
 _SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNEL_FLAGS: dict[Kind, list[str]] = {
     "plain": ["-O2"],
+    "planned": ["-O2"],
     "checked": ["-O1", "-g", "-fno-tree-sra", _CHECKED],
     "sanitized": _SANITIZED,
 }
 RUNTIME_FLAGS: dict[Kind, list[str]] = {
     "plain": ["-O2"],
+    "planned": ["-O2"],
     "checked": ["-O2"],
     "sanitized": _SANITIZED,
 }
@@ -138,13 +142,14 @@ def build(
     cuda = sources / "cuda"
     found = [*cuda.glob("*.cu"), *cuda.glob("*.cpp")]
     kernels = sorted(path for path in found if path.name != "module.cpp")
-    here = f"-DFASTFISHER_EMULATED={namespace or NAMESPACES[kind]}"
+    here = [f"-DFASTFISHER_EMULATED={namespace or NAMESPACES[kind]}"]
+    here += ["-DFASTFISHER_PLAN_FOR_DEVICE"] * (kind == "planned")
     work: list[tuple[Path, Sequence[str]]] = []
     for path in kernels:
         if path.suffix == ".cu":  # the same in every namespace
             work.append((path, [*KERNEL_FLAGS[kind], "-DFASTFISHER_EMULATED"]))
         else:
-            work.append((path, ["-O1", here]))
+            work.append((path, ["-O1", *here]))
     parts = ["cusim.cpp", "async.cpp", "ldmatrix.cpp", "memory.cpp"]
     parts += ["cucheck.cpp"] * (kind == "checked")
     work += [(CUSIM / name, RUNTIME_FLAGS[kind]) for name in parts]

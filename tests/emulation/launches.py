@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .build import load, runtime
+from .build import Kind, load, runtime
 from .sass import plain_names
 
 
@@ -65,16 +65,19 @@ _Interceptor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[list[Launch]]:
-    """Within it, launches of the emulated operators are noted and not run.
+def noting(kind: Kind = "plain") -> Iterator[list[Launch]]:
+    """Within it, launches of an emulated build's operators are noted and not run.
 
     Operands may be as large as the address space allows: nothing reads or writes them. Launches
     that a device would refuse are errors, as ever.
 
+    Args:
+        kind: of the build.
+
     Yields:
         A list that gets the launches as they are made.
     """
-    path = load()
+    path = load(kind)
     library = runtime(path)
     base = _base(library)
     launches: list[Launch] = []

@@ -85,6 +85,8 @@ class Kernel:
         threads: largest block that ``__launch_bounds__`` allows; 0 where it has none.
         opcodes: how often each instruction occurs, with its modifiers as nvdisasm writes them.
         hot: the same of the hot loop alone (:func:`hot_loop`); empty where there is no loop.
+        ways: what one pass executes, of the hot loop, of each loop around it, and of the kernel,
+            see :func:`ways`.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Kernel:
     threads: int
     opcodes: Mapping[str, int]
     hot: Mapping[str, int]
+    ways: Sequence[Mapping[str, Mapping[str, int]]] = ()
 
     def count(self, pattern: str) -> int:
         """Instructions that match a pattern; see :func:`matching`."""
@@ -126,17 +129,19 @@ class Instruction:
         offset: in bytes.
         opcode: with its modifiers.
         target: the offset that a branch goes to.
+        always: nothing but the target follows it; for an exit, nothing at all.
     """
 
     offset: int
     opcode: str
     target: int | None = None
+    always: bool = False
 
 
 _FUNCTION = re.compile(r"^\.text\.([\w$.]+):")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*(.*)"
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*(.*)"
 )
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
@@ -157,47 +162,69 @@ def parse(disassembly: str) -> dict[str, list[Instruction]]:
             offset = int(found[1], 16)
             labels.update(dict.fromkeys(pending, offset))
             pending.clear()
-            target = _TARGET.search(found[3])
-            if found[2].split(".")[0] in ("BRA", "JMP") and target:
+            opcode = found[3].split(".")[0]
+            target = _TARGET.search(found[4])
+            if opcode in ("BRA", "JMP") and target:
                 branches.append((current, len(current), target[1]))
-            if found[2] != "NOP":
-                current.append(Instruction(offset, found[2]))
+            # A branch may have its condition among the operands, too: `BRA.U UP0, ...`.
+            always = found[2] is None and (
+                opcode == "EXIT" or (target is not None and found[4].startswith("`"))
+            )
+            if found[3] != "NOP":
+                current.append(Instruction(offset, found[3], always=always))
     for instructions, index, label in branches:
         if label in labels:
             instructions[index] = replace(instructions[index], target=labels[label])
     return functions
 
 
-def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The body of every loop, less the loops in it.
+def _spans(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
+    """First and last offset of each loop.
 
     A loop is what lies between a branch and an earlier instruction that it goes back to. A branch
     to itself, which the compiler puts behind the end of a kernel, is none.
     """
-    spans = {
-        (each.target, each.offset)
-        for each in instructions
-        if each.target is not None and each.target < each.offset
-    }
-    # Several branches may go back to one instruction: one loop.
     ends: dict[int, int] = {}
-    for start, end in spans:
-        ends[start] = max(end, ends.get(start, 0))
-    bodies = []
-    for start, end in sorted(ends.items()):
-        inner = [(s, e) for s, e in ends.items() if start < s and e <= end]
-        bodies.append(
-            [
-                each
-                for each in instructions
-                if start <= each.offset <= end and not any(s <= each.offset <= e for s, e in inner)
-            ]
-        )
-    return bodies
+    for each in instructions:
+        if each.target is not None and each.target < each.offset:
+            # Several branches may go back to one instruction: one loop.
+            ends[each.target] = max(each.offset, ends.get(each.target, 0))
+    return sorted(ends.items())
+
+
+def _within(span: tuple[int, int], offset: int) -> bool:
+    return span[0] <= offset <= span[1]
+
+
+def _inner(spans: Iterable[tuple[int, int]], span: tuple[int, int]) -> list[tuple[int, int]]:
+    return [each for each in spans if span[0] < each[0] and each[1] <= span[1]]
+
+
+def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The body of every loop, less the loops in it."""
+    spans = _spans(instructions)
+    return [_body(instructions, span, _inner(spans, span)) for span in spans]
+
+
+def _body(
+    instructions: Sequence[Instruction],
+    span: tuple[int, int],
+    inner: Sequence[tuple[int, int]],
+) -> list[Instruction]:
+    return [
+        each
+        for each in instructions
+        if _within(span, each.offset) and not any(_within(loop, each.offset) for loop in inner)
+    ]
 
 
 #: What a kernel is there for: multiplications where it has any, else memory.
 _WORK = (("HMMA",), ("FFMA", "FFMA2", "DFMA"), ("LDG", "LDGSTS", "LDS"))
+
+
+def _work(body: Mapping[str, int]) -> tuple[int, ...]:
+    kinds = [sum(matching(body, opcode) for opcode in opcodes) for opcodes in _WORK]
+    return (*kinds, sum(body.values()))
 
 
 def hot_loop(instructions: Sequence[Instruction]) -> Counter[str]:
@@ -208,12 +235,93 @@ def hot_loop(instructions: Sequence[Instruction]) -> Counter[str]:
     are not counted.
     """
     bodies = [Counter(each.opcode for each in body) for body in loops(instructions)]
+    return max(bodies, key=_work, default=Counter())
 
-    def work(body: Counter[str]) -> tuple[int, ...]:
-        kinds = [sum(matching(body, opcode) for opcode in opcodes) for opcodes in _WORK]
-        return (*kinds, body.total())
 
-    return max(bodies, key=work, default=Counter())
+def ways(instructions: Sequence[Instruction]) -> list[dict[str, Counter[str]]]:
+    """What one pass through the hot loop executes, then one through each loop around it, outwards.
+
+    The last entry is the kernel as a whole. Each leaves out the loops within it. Of all ways
+    through the branches, ``"usual"`` is that of a full tile in the middle of its work: most
+    tensor-core products, then most copies of 16 bytes, most copies, fewest instructions.
+    ``"fullest"`` has most arithmetic after the tensor-core products: what else is done at the end
+    of a sample, where that is a branch.
+    """
+    spans = _spans(instructions)
+    if not spans:
+        return []
+    counted = {
+        span: Counter(each.opcode for each in _body(instructions, span, _inner(spans, span)))
+        for span in spans
+    }
+    hot = max(spans, key=lambda span: _work(counted[span]))
+    chain = [span for span in spans if _within(span, hot[0]) and hot[1] <= span[1]]
+    chain.sort(key=lambda span: span[1] - span[0])
+    chain.append((-1, instructions[-1].offset))
+    found = []
+    for number, span in enumerate(chain):
+        through = chain[number - 1][0] if number else None
+        inner = _inner(spans, span)
+        found.append(
+            {
+                "usual": _way(instructions, span, inner, through, ()),
+                "fullest": _way(instructions, span, inner, through, ("FFMA", "FADD", "FMUL")),
+            }
+        )
+    return found
+
+
+def _way(
+    instructions: Sequence[Instruction],
+    span: tuple[int, int],
+    inner: Sequence[tuple[int, int]],
+    through: int | None,
+    arithmetic: Sequence[str],
+) -> Counter[str]:
+    """The best way from a span's first instruction to its end; ``through`` has to be on it."""
+    body = [each for each in instructions if _within(span, each.offset)]
+
+    def value(each: Instruction) -> tuple[int, ...]:
+        if any(_within(loop, each.offset) for loop in inner):
+            return (int(each.offset == through), 0, 0, 0, 0, 0)
+        one = {each.opcode: 1}
+        wide = sum(matching(one, f"{opcode}.128") for opcode in ("LDG", "LDGSTS", "STG"))
+        copies = matching(one, "LDG") + matching(one, "LDGSTS")
+        extra = sum(matching(one, opcode) for opcode in arithmetic)
+        return (0, matching(one, "HMMA"), extra, wide, copies, -1)
+
+    Score = tuple[int, ...]
+    # The best way to each instruction: its score, and where it came from.
+    best: dict[int, tuple[Score, int | None]] = {}
+    if body:
+        best[body[0].offset] = ((0,) * 6, None)
+    ends: list[tuple[Score, int]] = []
+    for number, each in enumerate(body):
+        if each.offset not in best:
+            continue
+        score = tuple(map(sum, zip(best[each.offset][0], value(each), strict=True)))
+        following = []
+        if each.target is not None and each.target > each.offset and _within(span, each.target):
+            following.append(each.target)
+        if not each.always and number + 1 < len(body):
+            following.append(body[number + 1].offset)
+        goes_back = each.target == span[0] or each.opcode == "EXIT"
+        if goes_back:
+            ends.append((score, each.offset))
+        for offset in following:
+            if offset not in best or score > best[offset][0]:
+                best[offset] = (score, each.offset)
+    if not ends:
+        # Code that the compiler put in another order than it runs: everything, once.
+        return Counter(each.opcode for each in _body(instructions, span, inner))
+    at: int | None = max(ends)[1]
+    opcodes = {each.offset: each.opcode for each in body}
+    passed: Counter[str] = Counter()
+    while at is not None:
+        if not any(_within(loop, at) for loop in inner):
+            passed[opcodes[at]] += 1
+        at = best[at][1]
+    return passed
 
 
 def plain_names(mangled: Iterable[str]) -> dict[str, str]:
@@ -288,6 +396,10 @@ def _read(cubin: Path, log: str, source: str, architecture: int) -> list[Kernel]
                 threads=threads.get(report["name"], 0),
                 opcodes=dict(sorted(Counter(each.opcode for each in instructions).items())),
                 hot=dict(sorted(hot_loop(instructions).items())),
+                ways=[
+                    {kind: dict(sorted(way.items())) for kind, way in level.items()}
+                    for level in ways(instructions)
+                ],
             )
         )
     return sorted(kernels, key=lambda kernel: kernel.name)

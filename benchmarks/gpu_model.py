@@ -432,9 +432,9 @@ Blocks are dealt out evenly, and the busiest multiprocessor decides: that is the
 are bounds of the whole device. Where samples are split, the sums' way through memory is added.
 
 Not in it: latencies (with the resident blocks shown they are taken to be hidden), launch times,
-bank conflicts beyond the above, clocks that fall under load, the contention of L2 with DRAM. So
-it is a bound from below that a real run will not beat. The goal is {GOAL} of the floor on full
-tiles; what is above is **bold**.
+bank conflicts, clocks that fall under load, the contention of L2 with DRAM. Shared memory is
+counted for more than it may take; everything else is a bound from below, which a real run will
+not beat. The goal is {GOAL} of the floor on full tiles; what is above is **bold**.
 """
 
 

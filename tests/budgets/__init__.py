@@ -80,6 +80,17 @@ RULES: tuple[Rule, ...] = (
     # Adds partial sums up: bytes are all it has, and 16 at a time where out allows it.
     Rule("outer_reduce", ("LDG.128", "STG.128"), forbidden=("HMMA",), arguments="[24]>$"),
     Rule("outer_reduce", ("LDG",), forbidden=("HMMA",)),
+    # Streams: 16 bytes at a time, in the instances for operands that allow it.
+    Rule("channel_squares", ("LDG.128",), forbidden=_TENSOR, arguments="^true"),
+    Rule("channel_sums", ("LDG.128", "STG.128"), forbidden=_TENSOR, arguments=r"^\w+, true"),
+    Rule(r"gather_\w+", ("LDG.128", "STG.128"), forbidden=_TENSOR, arguments="^true"),
+    Rule("recurrent_step", ("LDG.128", "STG.128"), forbidden=_TENSOR, arguments="^true"),
+    Rule(r"(channel|gather|recurrent)_\w+", ("LDG",), forbidden=_TENSOR),
+    # The selection: integers, and histograms by atomics.
+    Rule(
+        r"count_\w+|find_digit|join_runs|lay_out|share_ties|sum_selected|write_\w+|zero_chunks",
+        forbidden=_TENSOR,
+    ),
     # Triton's, named by kernel and call. It has instructions of its own for later devices.
     Rule("outer_tile: .*float32.*", ("FFMA",), forbidden=_TENSOR),
     Rule("outer_tile: .*float64.*", forbidden=_TENSOR),

@@ -71,7 +71,7 @@ MUTANTS: list[Mutant] = [
         "is_aligned(data, sizes[0] > 1 ? stride[0] : 0, sizes[outer] > 1 ? stride[outer] : 0);",
         "(data != nullptr || outer < 0);",
         "cucheck",
-        "channel.cpp",
+        "channel_op.cpp",
     ),
     _bug(
         "no barrier before other warps' sums are read",

@@ -51,7 +51,7 @@ MUTANTS: list[Mutant] = [
         "is_aligned(s.g, s.sample, s.position) && is_aligned(s.out, s.out_row);",
         "is_aligned(s.out, s.out_row);",
         "cucheck",
-        "gather.cpp",
+        "gather_op.cpp",
     ),
     _bug(
         "a position counted through all samples",

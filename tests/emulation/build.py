@@ -74,6 +74,7 @@ def _cuda_include() -> Path:
 
 
 def include_flags() -> list[str]:
+    """Where a compiler on the host finds what csrc/cuda includes."""
     others = [Path(torch.__file__).parent / "include", _cuda_include()]
     return [f"-I{CUSIM}", f"-I{SOURCES / 'cuda'}", *(f"-isystem{path}" for path in others)]
 

@@ -84,6 +84,12 @@ struct Tile {
   static constexpr int pitch = row_bytes + (positions_innermost || size == 2 ? 16 : 32);
   static constexpr int bytes = rows * pitch;
 
+  // Where a table has a feature. Threads whose copies take 8 features each look up every eighth
+  // one: a gap after each eight keeps the banks apart.
+  __host__ __device__ static constexpr int slot(int feature) {
+    return positions_innermost ? feature : feature + feature / 8;
+  }
+
   // The copies that a thread makes of a tile, where one takes `width` bytes: all in one column.
   template <int width>
   static constexpr int copies = rows * row_bytes / width / threads;
@@ -111,9 +117,9 @@ struct Tile {
   __device__ static __forceinline__ void for_each(const Feature* table, const Operand& op,
                                                   const char* sample, int t0, const Each& each) {
     const int first = t0 + (positions_innermost ? column<width>() * (width / size) : row<width>(0));
-    const Feature feature = table[positions_innermost ? 0 : column<width>() * (width / size)];
+    const Feature feature = table[slot(positions_innermost ? 0 : column<width>() * (width / size))];
     const auto feature_of = [&](int i) {
-      return positions_innermost ? table[row<width>(i)] : feature;
+      return positions_innermost ? table[slot(row<width>(i))] : feature;
     };
     // How far the i-th one's position is from the first one's.
     constexpr int step = positions_innermost ? 0 : threads / per_row<width>;

@@ -97,10 +97,10 @@ struct Fragments {
   }
 };
 
-// float32 is rounded one step before it is multiplied.
+// float32 is rounded, one step before it is multiplied.
 template <class T>
 constexpr bool kRounds = sizeof(T) == 4;
-// A step's tile is filled this many steps before it is multiplied, or one less.
+// Tiles of g and x in shared memory: one is multiplied, one may be rounded, two are under way.
 template <class T>
 constexpr int kStages = kRounds<T> ? 4 : 3;
 
@@ -113,17 +113,19 @@ __global__ void __launch_bounds__(2 * tile)
   constexpr int kStepPositions = Memory::positions / 2;
   FF_DYNAMIC_SHARED(unsigned char, shared);
   Feature* const g_table = reinterpret_cast<Feature*>(shared + stages * 2 * Memory::bytes);
-  Feature* const x_table = g_table + tile;
+  Feature* const x_table = g_table + Memory::slot(tile);
 
   const int64_t row_tile = blockIdx.x % task.row_tiles;
   const int64_t column_tile = blockIdx.x / task.row_tiles % task.column_tiles;
   const int64_t group = blockIdx.x / task.row_tiles / task.column_tiles;
   const int64_t split = blockIdx.y;
   if (threadIdx.x < tile) {
-    g_table[threadIdx.x] = feature_of_g(task, group, row_tile * tile + threadIdx.x, sizeof(T));
+    const int row = static_cast<int>(threadIdx.x);
+    g_table[Memory::slot(row)] = feature_of_g(task, group, row_tile * tile + row, sizeof(T));
   } else {
-    x_table[threadIdx.x - tile] =
-        feature_of_x(task, group, column_tile * tile + threadIdx.x - tile, sizeof(T));
+    const int column = static_cast<int>(threadIdx.x) - tile;
+    x_table[Memory::slot(column)] =
+        feature_of_x(task, group, column_tile * tile + column, sizeof(T));
   }
   __syncthreads();
 
@@ -347,7 +349,7 @@ int launch(const OuterTask& task, Layout g, Layout x, void* stream) {
   g.op.copy_bytes = g.copy_bytes(positions_innermost);
   x.op.copy_bytes = x.copy_bytes(positions_innermost);
   constexpr int shared =
-      kStages<T> * 2 * Memory::bytes + 2 * tile * static_cast<int>(sizeof(Feature));
+      kStages<T> * 2 * Memory::bytes + 2 * Memory::slot(tile) * static_cast<int>(sizeof(Feature));
   const auto kernel = outer_mma<T, positions_innermost, tile>;
   if (const int error = FF_ALLOW_SHARED(kernel, shared)) return error;
   const dim3 grid(static_cast<unsigned>(task.blocks()), static_cast<unsigned>(task.splits));

@@ -25,43 +25,49 @@ _ALIGNMENT = 16
 
 
 @triton.jit
-def _codes(address, dtype, place, valid, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores as ordered integers, from 0, that of NaN: int64, or float32's as int64."""
+def _codes(address, dtype, begin, place, valid, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores as ordered integers, of which that of NaN is the lowest."""
     wide = tl.float64 if WIDE else tl.float32
     value = tl.zeros(place.shape, wide)
     if dtype == 0:
-        value = tl.load(address.to(tl.pointer_type(tl.float32)) + place, valid, 0.0).to(wide)
+        value = tl.load(address.to(tl.pointer_type(tl.float32)) + begin + place, valid, 0.0).to(
+            wide
+        )
     elif dtype == 1:
         # By its bits: triton's interpreter loses denormals.
-        stored = tl.load(address.to(tl.pointer_type(tl.int16)) + place, valid, 0).to(tl.int32)
+        stored = tl.load(address.to(tl.pointer_type(tl.int16)) + begin + place, valid, 0).to(
+            tl.int32
+        )
         value = (stored << 16).to(tl.float32, bitcast=True).to(wide)
     elif dtype == 2:
-        value = tl.load(address.to(tl.pointer_type(tl.float16)) + place, valid, 0.0).to(wide)
+        value = tl.load(address.to(tl.pointer_type(tl.float16)) + begin + place, valid, 0.0).to(
+            wide
+        )
     elif WIDE:
-        value = tl.load(address.to(tl.pointer_type(tl.float64)) + place, valid, 0.0)
+        value = tl.load(address.to(tl.pointer_type(tl.float64)) + begin + place, valid, 0.0)
     if WIDE:
         bits = value.to(tl.int64, bitcast=True)
         magnitude = bits & 0x7FFFFFFFFFFFFFFF
         infinity = tl.full(place.shape, 0x7FF0000000000000, tl.int64)
     else:
-        bits = value.to(tl.int32, bitcast=True).to(tl.int64)
+        bits = value.to(tl.int32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
-        infinity = tl.full(place.shape, 0x7F800000, tl.int64)
-    # Signed, the lowest of all is that of NaN.
+        infinity = tl.full(place.shape, 0x7F800000, tl.int32)
     key = tl.where(bits < 0, -magnitude, magnitude)
     return tl.where(magnitude > infinity, -infinity - 1, key)
 
 
 @triton.jit
 def _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a chunk: its tensor, that tensor's score and dtype, its places there, which there are."""
+    """Of a chunk: its tensor, that tensor's score and dtype, where it begins, which places it has."""
     tensor = tl.load(owner_ptr + chunk)
     score = tl.load(table_ptr + tensor)
     dtype = tl.load(table_ptr + tensors + tensor)
     count = tl.load(table_ptr + 2 * tensors + tensor)
     first = tl.load(table_ptr + 3 * tensors + tensor)
-    place = (chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return tensor, score, dtype, place, place < count
+    begin = (chunk - first).to(tl.int64) * BLOCK
+    place = tl.arange(0, BLOCK)
+    return tensor, score, dtype, begin, place, place < tl.minimum(count - begin, BLOCK).to(tl.int32)
 
 
 @triton.jit
@@ -84,8 +90,10 @@ def topr_digits(  # type: ignore[no-untyped-def]
     found = tl.load(found_ptr)
     counts = tl.zeros((BINS,), tl.int32)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        tensor, score, dtype, place, valid = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
-        keys = _codes(score, dtype, place, valid, WIDE)
+        tensor, score, dtype, begin, place, valid = _chunk(
+            table_ptr, owner_ptr, chunk, tensors, BLOCK
+        )
+        keys = _codes(score, dtype, begin, place, valid, WIDE)
         if FIRST:
             infinity = 0x7FF0000000000000 if WIDE else 0x7F800000
             odd = valid & ((keys >= infinity) | (keys <= -infinity))
@@ -96,7 +104,7 @@ def topr_digits(  # type: ignore[no-untyped-def]
             counted = valid
         else:
             digit = (keys >> shift) & ((1 << bits) - 1)
-            counted = valid & (((keys >> shift) >> bits) == found)
+            counted = valid & (((keys >> shift) >> bits) == found.to(keys.dtype))
         counts += tl.histogram(digit.to(tl.int32), BINS, mask=counted)
     at = tl.arange(0, BINS)
     tl.atomic_add(histogram_ptr + at, counts.to(tl.int64), mask=counts != 0, sem="relaxed")
@@ -115,21 +123,21 @@ def topr_count(  # type: ignore[no-untyped-def]
 ):
     """How many keys of each chunk are above the one found, and how many equal it."""
     chunk = tl.program_id(0).to(tl.int64)
-    _tensor, score, dtype, place, valid = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
-    keys = _codes(score, dtype, place, valid, WIDE)
-    key = tl.load(key_ptr)
+    _tensor, score, dtype, begin, place, valid = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+    keys = _codes(score, dtype, begin, place, valid, WIDE)
+    key = tl.load(key_ptr).to(keys.dtype)
     tl.store(above_ptr + chunk, tl.sum((valid & (keys > key)).to(tl.int64), 0))
     tl.store(ties_ptr + chunk, tl.sum((valid & (keys == key)).to(tl.int64), 0))
 
 
 @triton.jit
 def _take(  # type: ignore[no-untyped-def]
-    target, values, place, rank, chosen, KIND: tl.constexpr, RECORD: tl.constexpr
+    target, begin, values, before, place, rank, chosen, KIND: tl.constexpr, RECORD: tl.constexpr
 ):
     """Zeroes what is chosen of a tensor, as integers, and keeps it in order."""
-    at = target.to(tl.pointer_type(KIND)) + place
+    at = target.to(tl.pointer_type(KIND)) + begin + place
     if RECORD:
-        tl.store(values.to(tl.pointer_type(KIND)) + rank, tl.load(at, chosen, 0), chosen)
+        tl.store(values.to(tl.pointer_type(KIND)) + before + rank, tl.load(at, chosen, 0), chosen)
     tl.store(at, tl.zeros(place.shape, KIND), chosen)
 
 
@@ -153,21 +161,24 @@ def topr_zero(  # type: ignore[no-untyped-def]
     chunk = tl.program_id(0).to(tl.int64)
     wanted = tl.load(selected_ptr + chunk)
     if (tl.load(matches_ptr) != 0) & (wanted != 0):
-        tensor, score, dtype, place, valid = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+        tensor, score, dtype, begin, place, valid = _chunk(
+            table_ptr, owner_ptr, chunk, tensors, BLOCK
+        )
         target = tl.load(table_ptr + 4 * tensors + tensor)
         width = tl.load(table_ptr + 5 * tensors + tensor)
-        keys = _codes(score, dtype, place, valid, WIDE)
-        key = tl.load(key_ptr)
+        keys = _codes(score, dtype, begin, place, valid, WIDE)
+        key = tl.load(key_ptr).to(keys.dtype)
         above = valid & (keys > key)
         tied = (valid & (keys == key)).to(tl.int32)
-        left = wanted - tl.sum(above.to(tl.int64), 0)
+        left = wanted.to(tl.int32) - tl.sum(above.to(tl.int32), 0)
         earlier = tl.cumsum(tied, 0)
         chosen = above | ((tied != 0) & (earlier <= left))
         ordered = chosen.to(tl.int32)
         if tl.sum(ordered, 0) != wanted:
             tl.store(ends_ptr + 3 * chunk + 2, 1)
         else:
-            rank = tl.cumsum(ordered, 0) - 1 + tl.load(before_ptr + chunk)
+            rank = tl.cumsum(ordered, 0) - 1
+            before = tl.load(before_ptr + chunk)
             row = layout_ptr + tensor * 5
             values = tl.zeros((), tl.int64)
             if RECORD:
@@ -175,38 +186,41 @@ def topr_zero(  # type: ignore[no-untyped-def]
                 index_width = tl.load(row + 1)
                 code = record_ptr.to(tl.int64) + tl.load(row + 2)
                 if index_width == 4:
-                    to = code.to(tl.pointer_type(tl.int32)) + rank
-                    tl.store(to, place.to(tl.int32), chosen)
+                    to = code.to(tl.pointer_type(tl.int32)) + before + rank
+                    tl.store(to, begin.to(tl.int32) + place, chosen)
                 elif index_width == 8:
-                    tl.store(code.to(tl.pointer_type(tl.int64)) + rank, place, chosen)
+                    to = code.to(tl.pointer_type(tl.int64)) + before + rank
+                    tl.store(to, begin + place, chosen)
                 else:
                     bit = ordered.reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :]
-                    byte = tl.min(place.reshape(BLOCK // 8, 8), 1) // 8
+                    byte = tl.arange(0, BLOCK // 8)
                     exists = tl.max(valid.to(tl.int32).reshape(BLOCK // 8, 8), 1) != 0
                     packed = tl.sum(bit, 1).to(tl.uint8)
-                    tl.store(code.to(tl.pointer_type(tl.uint8)) + byte, packed, exists)
+                    tl.store(code.to(tl.pointer_type(tl.uint8)) + begin // 8 + byte, packed, exists)
                 # The element before each, which the one of a run's first is not chosen.
-                first = tl.min(place, 0)
-                inner = valid & (place > first)
-                previous = _codes(score, dtype, place - 1, inner, WIDE)
+                inner = valid & (place > 0)
+                previous = _codes(score, dtype, begin, place - 1, inner, WIDE)
                 joined = (previous > key) | ((previous == key) & (earlier - tied <= left))
                 starts = chosen & ~(joined & inner)
                 tl.atomic_add(row + 4, tl.sum(starts.to(tl.int64), 0), sem="relaxed")
-                last = tl.max(tl.where(place == first + BLOCK - 1, ordered, 0), 0)
-                tl.store(ends_ptr + 3 * chunk, tl.sum(tl.where(place == first, ordered, 0), 0))
+                last = tl.max(tl.where(place == BLOCK - 1, ordered, 0), 0)
+                tl.store(ends_ptr + 3 * chunk, tl.sum(tl.where(place == 0, ordered, 0), 0))
                 tl.store(ends_ptr + 3 * chunk + 1, last)
             if width == 1:
-                _take(target, values, place, rank, chosen, tl.int8, RECORD)
+                _take(target, begin, values, before, place, rank, chosen, tl.int8, RECORD)
             elif width == 2:
-                _take(target, values, place, rank, chosen, tl.int16, RECORD)
+                _take(target, begin, values, before, place, rank, chosen, tl.int16, RECORD)
             elif width == 4:
-                _take(target, values, place, rank, chosen, tl.int32, RECORD)
+                _take(target, begin, values, before, place, rank, chosen, tl.int32, RECORD)
             else:
                 # Of 16 bytes, both halves.
                 words = width // 8
                 for half in range(words):
                     at, to = place * words + half, rank * words + half
-                    _take(target, values, at, to, chosen, tl.int64, RECORD)
+                    _take(
+                        target, begin * words, values, before * words, at, to, chosen,
+                        tl.int64, RECORD,
+                    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,16 +34,6 @@ MUTANTS = [
         "cucheck",
     ),
     Mutant(
-        "the sums of warps are overwritten while they are read",
-        "topr",
-        _CUDA,
-        """  // The sums may be written anew after this.
-  __syncthreads();
-  return result;""",
-        "  return result;",
-        "cucheck",
-    ),
-    Mutant(
         "what other warps found of a chunk is read too early",
         "topr",
         _CUDA,

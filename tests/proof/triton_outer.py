@@ -123,6 +123,24 @@ def _shifted_case(precision: str, elements: int) -> Case:
     return Case(f"linear 3x32x48x48 {precision} from element {elements}", "outer_tile", run)
 
 
+def _uneven_case() -> Case:
+    """A 1 x 1 convolution whose gradient has gaps between its lines, and its input none."""
+
+    def run(operators: Any) -> float:
+        generator = torch.Generator().manual_seed(7)
+        grad = torch.randn(2, 12, 5, 9, generator=generator)[..., :6]
+        x = torch.randn(2, 10, 5, 6, generator=generator)
+        out = torch.zeros(12, 10, 1, 1)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        operators.conv2d_sum_grad_squared_(out, grad, x, *geometry, 1.0)
+        per_sample = ops.conv2d_per_sample_grad(grad.double(), x.double(), (1, 1), *geometry)
+        error = relative_error(out, per_sample.square().sum(0))
+        assert error <= TOLERANCE["float32"], f"relative error {error:.1e}"
+        return error
+
+    return Case("conv 2x10x5x6->12 1x1 gaps between the gradient's lines", "outer_tile", run, True)
+
+
 _Shape = tuple[int, int, int, int]
 
 
@@ -158,6 +176,7 @@ CASES: list[Case] = [
     _far_case("far samples", (_FAR, 40, 1), (_FAR + 1, 24, 1)),
     _far_case("far positions", (40, _FAR, 1), (24, 1 << 30, 1)),
     _far_case("far features", (160, 40, 1 << 27), (4, 1, 1 << 28)),
+    _uneven_case(),
     _shifted_case("float32", 1),
     _shifted_case("bfloat16", 3),
     _tile_conv((2, 3, 9, 10), 5, (3, 3), padding=(1, 1), small=True),

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 
 from .emulation.build import Order, emulated, scheduling
-from .proof.case import Case, all_cases, first_small
+from .proof.case import Case, first_small
+from .proof.collection import collect
 
-CASES = all_cases()
+CASES = collect()
 
 
 def test_names_are_unique() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from .emulation.ptx import CompilerMissing, ReplayedOperators, replayed
-from .proof.case import Case, all_cases, first_small
+from .proof.case import Case, first_small
+from .proof.collection import collect
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def operators() -> ReplayedOperators:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("case", first_small(all_cases(), 4), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", first_small(collect(), 4), ids=lambda case: case.name)
 def test_compiled_code(case: Case, operators: ReplayedOperators) -> None:
     operators.launches.clear()
     case.run(operators)

@@ -148,10 +148,9 @@ class SharedMemory:
         index = access.bytes_of(0)
         self._check_awaited(access, index)
         self._check_write(access, index)
-        if not access.atomic and len(np.unique(index)) != index.size:
-            self._reports.note("several threads write one address", access.instruction)
         self._awaited[index] = awaited
         self.data[index] = data[access.mask]
+        _check_agreement(self.data[index], data[access.mask], access, self._reports)
 
     def land(self, access: Access, data: Bytes) -> None:
         """A copy in the background arrives."""
@@ -265,9 +264,8 @@ class GlobalMemory:
         """Writes uint8 [threads, size] where it is allowed."""
         for region, part in self._writable(access):
             index = part.bytes_of(region.begin)
-            if len(np.unique(index)) != index.size:
-                self._reports.note("several threads write one address", part.instruction)
             region.data[index] = data[part.mask]
+            _check_agreement(region.data[index], data[part.mask], part, self._reports)
             self._watch(region, part, index, 0)
 
     def atomic_parts(self, access: Access) -> list[tuple[Region, Access]]:
@@ -293,6 +291,12 @@ class GlobalMemory:
             if ((by != 0) & (by != me)).any():
                 self._reports.note("race between blocks", part.instruction)
         region.touched[kind][index] = me
+
+
+def _check_agreement(found: Bytes, written: Bytes, access: Access, reports: Reports) -> None:
+    """Threads may write one address in one instruction if it is the same that they write."""
+    if not np.array_equal(found, written):
+        reports.note("several threads write one address", access.instruction)
 
 
 def _inside(access: Access, begin: int, size: int, where: str, reports: Reports) -> Access:

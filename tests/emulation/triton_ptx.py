@@ -24,7 +24,8 @@ from triton.runtime.jit import create_function_from_signature
 import fastfisher.triton as twins
 from fastfisher.triton import launch as launching
 
-from ..proof.case import all_cases, first_small
+from ..proof.case import first_small
+from ..proof.collection import collect
 from .checked import CheckError, merged_spans
 from .ptx_program import PtxError, entry_names, parse
 from .ptxsim import launch
@@ -132,6 +133,8 @@ class _Operators:
     """The twins under the names of their operators."""
 
     def __getattr__(self, name: str) -> Any:
+        if name not in twins.KERNELS:
+            raise RuntimeError(f"{name} has no twin")
         return twins.KERNELS[name]
 
 
@@ -144,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     replay = replace_launches()
     wrong = 0
-    for case in first_small(all_cases(), options.per_kernel):
+    for case in first_small(collect(), options.per_kernel):
         if options.match not in case.name:
             continue
         replay.kernels.clear()

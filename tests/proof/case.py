@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 
@@ -27,19 +24,6 @@ class Case:
     kernel: str
     run: Callable[[Any], float]
     small: bool = False
-
-
-def families() -> Iterator[ModuleType]:
-    """The modules beside this one, but the command that judges mutants."""
-    assert __package__ is not None
-    for found in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
-        if found.name not in ("case", "mutants"):
-            yield importlib.import_module(f"{__package__}.{found.name}")
-
-
-def all_cases() -> list[Case]:
-    """The proof cases of every family."""
-    return [case for family in families() for case in getattr(family, "CASES", [])]
 
 
 def first_small(cases: list[Case], per_kernel: int) -> list[Case]:

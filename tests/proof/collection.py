@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,14 +18,18 @@ from .case import Case
 NAMESPACES = {"cpu": "fastfisher", "cuda": "fastfisher", "triton": "fastfisher_triton"}
 
 
-def collect(small: bool = False) -> list[Case]:
-    """The cases of every family's module, or only those that are cheap, in the modules' order."""
-    modules = [
+def modules() -> list[ModuleType]:
+    """The modules of this package that are no command."""
+    return [
         importlib.import_module(found.name)
         for found in pkgutil.iter_modules(proof.__path__, f"{proof.__name__}.")
-        if found.name.rpartition(".")[2] not in ("__main__", "collection")
+        if found.name.rpartition(".")[2] not in ("__main__", "collection", "mutants")
     ]
-    cases = [case for module in modules for case in getattr(module, "CASES", ())]
+
+
+def collect(small: bool = False) -> list[Case]:
+    """The cases of every family's module, or only those that are cheap, in the modules' order."""
+    cases = [case for module in modules() for case in getattr(module, "CASES", ())]
     return [case for case in cases if case.small or not small]
 
 

@@ -33,7 +33,8 @@ from typing import Any, Literal
 
 from ..emulation import build
 from ..emulation.checked import checked
-from .case import Case, all_cases, families
+from .case import Case
+from .collection import collect, modules
 
 Rung = Literal["values", "cucheck", "asan", "ptxsim", "interpreter", "guard", "static"]
 
@@ -90,7 +91,7 @@ class Outcome:
 
 def all_mutants() -> list[Mutant]:
     """The bugs of every family."""
-    return [each for family in families() for each in getattr(family, "MUTANTS", [])]
+    return [each for family in modules() for each in getattr(family, "MUTANTS", [])]
 
 
 def cases_of(kernel: str) -> list[Case]:
@@ -99,7 +100,7 @@ def cases_of(kernel: str) -> list[Case]:
     Raises:
         ValueError: there are none.
     """
-    cases = [case for case in all_cases() if case.kernel == kernel]
+    cases = [case for case in collect() if case.kernel == kernel]
     if not cases:
         raise ValueError(f"no proof case is of the kernel {kernel}")
     return sorted(cases, key=lambda case: not case.small)

@@ -199,6 +199,7 @@ PTX = """
     ("opcode", "rest", "a", "b", "exact"),
     [
         ("sub.s32", "", 3, 5, 0xFFFFFFFE),
+        ("lop3.b32", ", 0f3F800000, 0xAA", 0, 0, 0x3F800000),
         ("div.s32", "", 0xFFFFFFF9, 2, 0xFFFFFFFD),
         ("rem.s32", "", 0xFFFFFFF9, 2, 0xFFFFFFFF),
         ("mul.hi.u32", "", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFE),

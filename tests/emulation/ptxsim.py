@@ -316,11 +316,11 @@ class Block:
 
 def number(text: str, dtype: np.dtype[Any]) -> Any:
     """A literal, as a number of this type."""
-    if text[:2] in ("0f", "0d") and dtype.kind != "b":
-        bits = int(text[2:], 16)
-        return np.array(bits, np.uint32 if text[1] == "f" else np.uint64).view(
-            np.float32 if text[1] == "f" else np.float64
-        )[()]
+    if text[:2] in ("0f", "0d") and dtype.kind != "b":  # a bit pattern, whatever the type
+        exact = np.array(int(text[2:], 16), np.uint32 if text[1] == "f" else np.uint64)
+        if dtype.itemsize != exact.itemsize:
+            raise PtxError(f"{text} as {dtype}")
+        return exact.view(dtype)[()]
     value = int(text.rstrip("U"), 0)
     if dtype.kind == "b":
         return bool(value)

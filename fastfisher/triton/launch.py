@@ -79,6 +79,7 @@ class Launch:
         arguments: all of the kernel's arguments by name, constexpr ones but block sizes included.
         blocks: block sizes, which are arguments too.
         target: the device it is for.
+        reached: tensors that the kernel finds by addresses in another one.
     """
 
     kernel: Any
@@ -86,6 +87,7 @@ class Launch:
     arguments: Mapping[str, Any]
     blocks: Blocks
     target: Target
+    reached: Sequence[Tensor] = ()
 
 
 _recorders: list[Callable[[Launch], None]] = []
@@ -274,7 +276,13 @@ def _entry(blocks: Blocks) -> dict[str, int]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], blocks: Blocks, on: Tensor, /, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    blocks: Blocks,
+    on: Tensor,
+    reached: Sequence[Tensor] = (),
+    /,
+    **arguments: Any,
 ) -> None:
     """Launches a kernel on the current stream of a tensor's device; an empty grid is nothing to do.
 
@@ -283,6 +291,7 @@ def launch(
         grid: programs per dimension, at most 2**31 - 1 in the first and 65535 in the others.
         blocks: its block sizes.
         on: a tensor on the device.
+        reached: tensors that the kernel finds by addresses in another one.
         arguments: all its other arguments, by name.
 
     Raises:
@@ -293,7 +302,7 @@ def launch(
     if any(size > limit for size, limit in zip(grid, _MAX_GRID, strict=False)):
         raise ValueError(f"{kernel.__name__}: the grid {grid} exceeds {_MAX_GRID}")
     for record in _recorders:
-        record(Launch(kernel, grid, arguments, blocks, target_of(on)))
+        record(Launch(kernel, grid, arguments, blocks, target_of(on), reached))
     if on.device.type == "meta":
         return
     with torch.cuda.device(on.device) if on.device.type == "cuda" else nullcontext():

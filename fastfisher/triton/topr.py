@@ -59,7 +59,7 @@ def _codes(address, dtype, begin, place, valid, WIDE: tl.constexpr):  # type: ig
 
 @triton.jit
 def _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a chunk: its tensor, that tensor's score and dtype, where it begins, which places it has."""
+    """Of a chunk: its tensor, that one's score and dtype, where it begins, which places it has."""
     tensor = tl.load(owner_ptr + chunk)
     score = tl.load(table_ptr + tensor)
     dtype = tl.load(table_ptr + tensors + tensor)
@@ -229,12 +229,14 @@ class _Tensors:
 
     Attributes:
         scores: contiguous ones, which the table has the addresses of.
+        targets: what is zeroed, contiguous as well; nothing where that is not to be done.
         table: int64 ``[6, tensors]``: score, dtype, elements, first chunk, parameter, its width.
         owner: int64 ``[chunks]``, the tensor of each chunk.
         wide: whether keys are those of float64.
     """
 
     scores: list[Tensor]
+    targets: Sequence[Tensor]
     table: Tensor
     owner: Tensor
     wide: bool
@@ -250,7 +252,8 @@ class _Tensors:
         name = kernel.__name__  # type: ignore[attr-defined]
         [blocks] = choices(name, target_of(self.table), "any", "any")
         constants = {"WIDE": self.wide, "BLOCK": CHUNK}
-        launch(kernel, (programs,), blocks, self.table, **own, **arguments, **constants)
+        reached = [*self.scores, *self.targets]
+        launch(kernel, (programs,), blocks, self.table, reached, **own, **arguments, **constants)
 
 
 def _chunks(tensor: Tensor) -> int:
@@ -266,6 +269,9 @@ def _tensors(
 ) -> _Tensors:
     check(op, "scores", bool(scores), "at least one")
     device = scores[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A replay would read addresses from host memory that has been given back by then.
+        raise RuntimeError(f"fastfisher::{op}: the Triton kernels cannot be captured in a graph")
     for score in scores:
         check(op, "scores", score.dtype in _DTYPES, "float32, float64, bfloat16 or float16")
         check(op, "scores", score.device == device, "all on one device")
@@ -297,7 +303,7 @@ def _tensors(
     pieces = (table[2] + (CHUNK - 1)) // CHUNK
     numbers = torch.arange(len(scores), device=device)
     owner = torch.repeat_interleave(numbers, pieces, output_size=first)
-    return _Tensors(scores, table, owner, any(s.dtype == torch.float64 for s in scores))
+    return _Tensors(scores, targets, table, owner, any(s.dtype == torch.float64 for s in scores))
 
 
 def _digit(histogram: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ class Operators:
         return call
 
     def _call(self, operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        self._emulator.cusim_forget_regions()  # of calls that were not made through here
         for begin, size, written in merged_spans(written_and_read(operator, arguments, keywords)):
             self._emulator.cusim_region(begin, size, written)
         try:

@@ -9,7 +9,7 @@ others write, matrix products round as a GPU's do, and an overflowing index is a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,6 +22,8 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
+
+from fastfisher.triton import launch as launching
 
 # Tensors that span more elements than this have their accesses noted one by one.
 _DENSE_ELEMENTS = 1 << 22
@@ -88,12 +90,17 @@ class _Guard:
     def __init__(self, checks: bool) -> None:
         self.checks = checks
         self.memories: list[_Memory] = []
+        self._reached: Sequence[Tensor] = ()
         self._programs: dict[tuple[int, ...], int] = {}
+
+    def announce(self, launch: launching.Launch) -> None:
+        """Learns of a launch before it begins."""
+        self._reached = launch.reached
 
     def begin(self, arguments: Any) -> None:
         tensors = {
             (each.data_ptr(), tuple(each.shape), each.stride()): each
-            for each in arguments
+            for each in (*arguments, *self._reached)
             if isinstance(each, Tensor)
         }
         self.memories = [_Memory(each) for each in tensors.values()]
@@ -251,8 +258,10 @@ def guarded(checks: bool = True) -> Iterator[None]:
     stack = [mock.patch.object(owner, name, new) for (owner, name), new in patches.items()]
     for patch in stack:
         patch.start()
+    launching._recorders.append(guard.announce)
     try:
         yield
     finally:
+        launching._recorders.remove(guard.announce)
         for patch in reversed(stack):
             patch.stop()

@@ -88,7 +88,8 @@ class Program:
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)")
 _ARRAY = re.compile(
-    r"(\.extern\s+)?\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]\s*;"
+    r"(\.extern\s+)?\.(shared|local)\s+\.align\s+(\d+)\s+\.[usbf](\d+)\s+([\w$]+)"
+    r"(?:\[(\d*)\])?\s*;"
 )
 _SPECIAL = re.compile(r"%(?:tid|ntid|ctaid|nctaid)\.[xyz]$|%laneid$|%warpid$")
 
@@ -115,7 +116,7 @@ def parse(text: str, name: str) -> Program:
     body = _braced(text, text.index("{", entry.end()))
     for array in _ARRAY.finditer(text):
         # Arrays outside of the kernel are shared by all of the file's kernels.
-        if array[1] or array[4] in body:
+        if array[1] or array[5] in body:
             _add_array(program, array)
     _read_body(program, body)
     return program
@@ -149,17 +150,19 @@ def _braced(text: str, start: int) -> str:
 
 
 def _add_array(program: Program, array: re.Match[str]) -> None:
-    align, name = int(array[3]), array[4]
-    if array[1] and not array[5]:
+    align, name = int(array[3]), array[5]
+    # A single number has no brackets.
+    size = int(array[4]) // 8 * int(array[6] or 1)
+    if array[1] and not array[6]:
         program.shared[name] = None
     elif array[2] == "shared":
         offset = -(-program.shared_bytes // align) * align
         program.shared[name] = offset
-        program.shared_bytes = offset + int(array[5])
+        program.shared_bytes = offset + size
     else:
         offset = -(-program.local_bytes // align) * align
         program.local[name] = offset
-        program.local_bytes = offset + int(array[5])
+        program.local_bytes = offset + size
 
 
 def _read_body(program: Program, body: str) -> None:

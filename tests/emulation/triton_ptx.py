@@ -75,6 +75,7 @@ class Replay:
         grid: tuple[int, ...],
         blocks: launching.Blocks,
         on: Tensor,
+        reached: Sequence[Tensor] = (),
         /,
         **arguments: Any,
     ) -> None:
@@ -96,7 +97,8 @@ class Replay:
         source = ASTSource(kernel, signature, constants, attributes)
         made = triton.compile(source, target=target, options=options.__dict__)
         (name,) = entry_names(made.asm["ptx"])
-        tensors = [(each, True) for each in values.values() if isinstance(each, Tensor)]
+        found = [*values.values(), *reached]
+        tensors = [(each, True) for each in found if isinstance(each, Tensor)]
         reports = launch(
             parse(made.asm["ptx"], name),
             (*grid, 1, 1)[:3],

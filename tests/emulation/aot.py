@@ -185,7 +185,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _instructions(sass: str) -> Counter[str]:
-    line = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    line = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
     return Counter(match[1] for match in line.finditer(sass))
 
 

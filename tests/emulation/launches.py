@@ -61,18 +61,21 @@ class _Launch(ctypes.Structure):
     )
 
 
+# What an interceptor returns to let the emulator go on; else it is a CUDA error, or 0.
+_RUN = -1
 _Interceptor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
 
 
 @contextlib.contextmanager
-def noting(kind: Kind = "plain") -> Iterator[list[Launch]]:
-    """Within it, launches of an emulated build's operators are noted and not run.
+def noting(kind: Kind = "plain", run: bool = False) -> Iterator[list[Launch]]:
+    """Within it, launches of an emulated build's operators are noted and, on demand, run as well.
 
     Operands may be as large as the address space allows: nothing reads or writes them. Launches
     that a device would refuse are errors, as ever.
 
     Args:
         kind: of the build.
+        run: whether the kernels run, too.
 
     Yields:
         A list that gets the launches as they are made.
@@ -88,7 +91,7 @@ def noting(kind: Kind = "plain") -> Iterator[list[Launch]]:
         name = _symbol(path, made.kernel - base)
         grid, block = ((each.x, each.y, each.z) for each in (made.grid, made.block))
         launches.append(Launch(name, grid, block, made.shared))
-        return 0
+        return _RUN if run else 0
 
     library.cusim_intercept(note)
     try:

@@ -97,6 +97,7 @@ def _windows() -> list[Case]:
         case((3, 10, 4), once_a_sample, small=True),
         case((3, 5, 12), one_token, power=1, small=True),
         case((2, 9, 6), alpha=-0.5, precision="float64", small=True),
+        case((5, 17, 9), precision="float64", small=True),
         case((2, 9, 8), layout=Layout(gap=1, offset=1), note="unaligned", small=True),
         case((2, 9, 8), layout=Layout((0, 2, 1)), note="positions innermost", small=True),
         case((2, 9, 8), layout=Layout((1, 0, 2)), note="samples inside"),

@@ -33,18 +33,20 @@ SCHEMAS = ("sums(Tensor(a!) out, Tensor input, int bug) -> ()",)
 BUGS = re.findall(r"^  (k\w+),$", (SELFTEST / "cuda" / "selftest.h").read_text(), re.MULTILINE)
 
 ROWS, COLUMNS = 13, 44
+VALUES = 17
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.arange(ROWS * COLUMNS, dtype=torch.float32).remainder(17).reshape(ROWS, COLUMNS)
-    return torch.zeros(COLUMNS + 1), x
+    x = torch.arange(ROWS * COLUMNS, dtype=torch.float32).remainder(VALUES).reshape(ROWS, COLUMNS)
+    return torch.zeros(COLUMNS + 1 + VALUES), x
 
 
 def sums(operators: Any, bug: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernels give, and what they should: sums of small integers, which are exact."""
+    """What the kernels give, and what they should: sums and counts of small integers, exact."""
     out, x = inputs()
     operators.sums(out, x, BUGS.index(bug))
-    return out, torch.cat([x.sum(0), x.sum().reshape(1)])
+    counts = x.flatten().int().bincount(minlength=VALUES)
+    return out, torch.cat([x.sum(0), x.sum().reshape(1), counts])
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,8 @@ def test_memory_that_was_never_written_is_nan(plain: Any, bug: str) -> None:
         ("kNoBarrier", "race in shared memory, at a read"),
         ("kNoSecondBarrier", "race in shared memory, at a write"),
         ("kNoWarpSync", "race in shared memory, at a"),
+        ("kNoClearBarrier", "race in shared memory, at a"),
+        ("kNoAtomicBarrier", "race in shared memory, at a"),
         ("kReadOutOfBounds", "out-of-bounds read"),
         ("kWriteOutOfBounds", "out-of-bounds write"),
         ("kBeyondDimension", "index beyond an array's dimension"),
@@ -151,6 +155,7 @@ def test_compiled_code_is_right_and_has_no_reports(compiled: ReplayedOperators) 
     assert [name.partition("::")[2].partition("(float")[0] for name in compiled.launches] == [
         "part_sums",
         "add_parts",
+        "count_values",
     ]
 
 
@@ -160,6 +165,8 @@ def test_compiled_code_is_right_and_has_no_reports(compiled: ReplayedOperators) 
         ("kNoBarrier", "race in shared memory, at a"),
         ("kNoSecondBarrier", "race in shared memory, at a write"),
         ("kNoWarpSync", "race in shared memory, at a read"),
+        ("kNoClearBarrier", "race in shared memory, at a"),
+        ("kNoAtomicBarrier", "race in shared memory, at a"),
         ("kReadOutOfBounds", "out of bounds of global memory: cp.async"),
         ("kWriteOutOfBounds", "out of bounds of global memory: st.global"),
         ("kUninitialisedShared", "read of uninitialised shared memory"),

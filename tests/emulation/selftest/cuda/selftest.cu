@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kWidth = 32, kHeight = 4, kParts = 2;
+constexpr int kWidth = 32, kHeight = 4, kParts = 2, kValues = 17;
 
 __global__ void part_sums(float* partial, float* total, const float* in, int rows, int columns,
                           int64_t bug) {
@@ -74,6 +74,19 @@ __global__ void add_parts(float* out, const float* partial, float* in, int colum
   if (bug == kWildPointer) reinterpret_cast<float*>(static_cast<uintptr_t>(column))[16] = 1;
 }
 
+// Shared memory that is cleared, added to by all and read, in each block anew.
+__global__ void count_values(float* counts, const float* in, int elements, int64_t bug) {
+  FF_SHARED(unsigned, own, [kValues]);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (thread < kValues) own[thread] = 0;
+  if (bug != kNoClearBarrier) __syncthreads();
+  for (int i = blockIdx.x * threads + thread; i < elements; i += gridDim.x * threads) {
+    atomicAdd(&own[static_cast<int>(in[i])], 1u);
+  }
+  if (bug != kNoAtomicBarrier) __syncthreads();
+  if (thread < kValues) atomicAdd(&counts[thread], static_cast<float>(own[thread]));
+}
+
 template <bool asks>
 __global__ void dynamic_shared(float* out) {
   FF_DYNAMIC_SHARED(float, buffer);
@@ -95,5 +108,9 @@ extern "C" int selftest_sums(float* out, float* partial, const float* in, int ro
                                   out + columns, in, rows, columns, bug)) {
     return error;
   }
-  return FF_LAUNCH(add_parts, 1, 64, 0, stream, out, partial, const_cast<float*>(in), columns, bug);
+  if (const int error = FF_LAUNCH(add_parts, 1, 64, 0, stream, out, partial, const_cast<float*>(in),
+                                  columns, bug)) {
+    return error;
+  }
+  return FF_LAUNCH(count_values, 3, 96, 0, stream, out + columns + 1, in, rows * columns, bug);
 }

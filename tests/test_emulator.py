@@ -237,6 +237,93 @@ def test_an_instruction(opcode: str, rest: str, a: int, b: int, exact: int) -> N
     assert int(out.item()) & 0xFFFFFFFF == exact
 
 
+BARRIERS = """
+.visible .entry kernel(.param .u64 to, .param .u32 least)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<5>;
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [to];
+    ld.param.u32 %r1, [least];
+    mov.u32 %r2, %tid.x;
+    setp.eq.u32 %p1, %r2, 0;
+    {
+        .reg .pred %p1;
+        .reg .pred %p2;
+        setp.ge.u32 %p1, %r2, %r1;
+        bar.red.OPERATION;
+    }
+    selp.u32 %r4, 256, 0, %p1;
+    add.u32 %r3, %r3, %r4;
+    mul.wide.u32 %rd2, %r2, 4;
+    add.u64 %rd2, %rd1, %rd2;
+    st.global.u32 [%rd2], %r3;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "least", "exact"),
+    [
+        ("popc.u32 %r3, 0, %p1", 37, 3),
+        ("popc.u32 %r3, 0, !%p1", 37, 37),
+        ("and.pred %p2, 0, %p1; selp.u32 %r3, 1, 0, %p2", 0, 1),
+        ("and.pred %p2, 0, %p1; selp.u32 %r3, 1, 0, %p2", 1, 0),
+        ("or.pred %p2, 0, %p1; selp.u32 %r3, 1, 0, %p2", 39, 1),
+        ("or.pred %p2, 0, %p1; selp.u32 %r3, 1, 0, %p2", 40, 0),
+    ],
+)
+def test_a_barrier_reduces_over_all_warps(operation: str, least: int, exact: int) -> None:
+    # The predicate of the outer scope, which the inner one hides, is as it was after it.
+    out = torch.zeros(40, dtype=torch.int32)
+    program = parse(BARRIERS.replace("OPERATION", operation), "kernel")
+    parameters = struct.pack("<QI", out.data_ptr(), least)
+    spans = [(out.data_ptr(), 160, True)]
+    assert not launch(program, (1, 1, 1), (40, 1, 1), parameters, 0, spans)
+    assert out.tolist() == [exact + 256] + [exact] * 39
+
+
+@pytest.mark.parametrize("operation", ["and.pred %p2, 1, %p1", "xor.pred %p2, 0, %p1"])
+def test_a_barrier_of_another_kind_is_refused(operation: str) -> None:
+    program = parse(BARRIERS.replace("OPERATION", operation), "kernel")
+    out = torch.zeros(40, dtype=torch.int32)
+    parameters = struct.pack("<QI", out.data_ptr(), 0)
+    with pytest.raises(PtxError, match="of barrier"):
+        launch(program, (1, 1, 1), (40, 1, 1), parameters, 0, [(out.data_ptr(), 160, True)])
+
+
+SHARED = """
+.extern .shared .align 16 .b8 memory[];
+.visible .entry kernel(.param .u64 to, .param .u32 before)
+{
+    .reg .b32 %r<5>;
+    .reg .b64 %rd<2>;
+    ld.param.u64 %rd1, [to];
+    ld.param.u32 %r1, [before];
+    mov.u32 %r2, memory;
+    sub.u32 %r3, %r2, %r1;
+    st.shared.u32 [%r2+8], 7;
+    atom.shared.add.u32 %r4, [%r3+4096], 1;
+    st.global.u32 [%rd1], %r4;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize("before", [4088, 4096 + 4, 4088 - 16])
+def test_an_address_of_32_bits_wraps(before: int) -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    parameters = struct.pack("<QI", out.data_ptr(), before)
+    spans = [(out.data_ptr(), 4, True)]
+    reports = launch(parse(SHARED, "kernel"), (1, 1, 1), (1, 1, 1), parameters, 16, spans)
+    if before == 4088:
+        assert not reports
+        assert out.item() == 7
+    else:
+        assert "out of bounds of shared memory: atom.shared" in str(reports)
+
+
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(PtxError, match=r"no kernel other among \['kernel'\]"):
         parse(PTX, "other")

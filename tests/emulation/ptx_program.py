@@ -105,7 +105,7 @@ def parse(text: str, name: str) -> Program:
     Raises:
         PtxError: there is none, or it has something that is not understood.
     """
-    text = re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
     for entry in _ENTRY.finditer(text):
         if entry[1] == name:
             break
@@ -118,7 +118,7 @@ def parse(text: str, name: str) -> Program:
         # Arrays outside of the kernel are shared by all of the file's kernels.
         if array[1] or array[5] in body:
             _add_array(program, array)
-    _read_body(program, body)
+    _read_body(program, _with_own_registers(body))
     return program
 
 
@@ -149,6 +149,21 @@ def _braced(text: str, start: int) -> str:
     raise PtxError("a brace is not closed")
 
 
+def _with_own_registers(body: str) -> str:
+    """Renames the registers of inner scopes, which may be called as others are around them."""
+    starts = [match.start() for match in re.finditer(r"{", body)]
+    for start in reversed(starts):  # the inner scope before the one around it
+        scope = changed = _braced(body, start)
+        for declared in re.findall(r"\.reg\s+\.\w+\s+([^;]+);", scope):
+            if "<" in declared:
+                raise PtxError(f"registers {declared} of an inner scope")
+            for name in (each.strip() for each in declared.split(",")):
+                whole = rf"(?<![%\w$.]){re.escape(name)}(?![\w$])"
+                changed = re.sub(whole, rf"\g<0>${start}_", changed)
+        body = body[: start + 1] + changed + body[start + 1 + len(scope) :]
+    return body
+
+
 def _add_array(program: Program, array: re.Match[str]) -> None:
     align, name = int(array[3]), array[5]
     # A single number has no brackets.
@@ -173,7 +188,7 @@ def _read_body(program: Program, body: str) -> None:
         if location:
             line = int(location[1])
             continue
-        text = text.split("//")[0].strip()
+        text = text.strip()
         label = re.match(r"(\$?[\w$]+):\s*(.*)$", text)
         if label and not statement:
             program.labels[label[1]] = len(program.instructions)

@@ -180,9 +180,33 @@ class Block:
                     self.reports.note("barrier after some threads have exited", each)
                 if not np.array_equal(waiting, alive):
                     raise PtxError(f"deadlock at {each.opcode}, line {each.line}")
-                self.clock.pass_barrier()
+                self._pass_barrier(each, waiting)
                 groups[barrier + 1] = waiting
                 waiting, barrier = np.zeros(self.threads, bool), -1
+
+    def _pass_barrier(self, instruction: Instruction, mask: Mask) -> None:
+        """All threads have met; some barriers tell each of them something about all predicates."""
+        kinds = [each for each in instruction.modifiers if each not in ("cta", "aligned")]
+        operands = list(instruction.operands)
+        to = operands.pop(0) if kinds[0] == "red" else None
+        number_ = operands.pop(0)
+        plain = number_.text == "0" and not instruction.guard
+        if to is None:
+            known = kinds == ["sync"] and not operands
+        else:
+            known = len(operands) == 1 and kinds in (
+                ["red", "and", "pred"],
+                ["red", "or", "pred"],
+                ["red", "popc", "u32"],
+            )
+        if not (plain and known):
+            raise PtxError(f"{instruction.opcode} of barrier {number_.text}")
+        if to is not None:
+            holds = self.predicate(operands[0].text)[mask]
+            total = {"and": holds.all, "or": holds.any, "popc": holds.sum}[kinds[1]]()
+            dtype = np.uint32 if kinds[1] == "popc" else bool
+            self.write(to, np.full(self.threads, total, dtype), mask)
+        self.clock.pass_barrier()
 
     def _taken(self, instruction: Instruction, mask: Mask) -> Mask:
         if not instruction.guard:
@@ -265,10 +289,11 @@ class Block:
     def addresses(self, operand: Operand) -> Ints:
         """Int64 [threads]."""
         if operand.text.startswith("%"):
-            base = self._register(operand.text).astype(np.int64)
-        else:
-            base = np.full(self.threads, self.symbols[operand.text], np.int64)
-        return base + operand.offset
+            base = self._register(operand.text)
+            address = base.astype(np.int64) + operand.offset
+            # A sum of 32 bits wraps: what is in the register may lie below 0, as far as the offset.
+            return address & 0xFFFFFFFF if base.dtype.itemsize == 4 else address
+        return np.full(self.threads, self.symbols[operand.text] + operand.offset, np.int64)
 
     # Memory.
 

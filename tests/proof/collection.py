@@ -23,7 +23,7 @@ def modules() -> list[ModuleType]:
     return [
         importlib.import_module(found.name)
         for found in pkgutil.iter_modules(proof.__path__, f"{proof.__name__}.")
-        if found.name.rpartition(".")[2] not in ("__main__", "collection", "mutants")
+        if found.name.rpartition(".")[2] not in ("__main__", "collection", "ladder", "mutants")
     ]
 
 

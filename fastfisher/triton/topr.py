@@ -59,15 +59,14 @@ def _codes(address, dtype, begin, place, valid, WIDE: tl.constexpr):  # type: ig
 
 @triton.jit
 def _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a chunk: its tensor, that one's score and dtype, where it begins, which places it has."""
+    """Of a chunk: its tensor, that one's score and dtype, where it begins and its size."""
     tensor = tl.load(owner_ptr + chunk)
     score = tl.load(table_ptr + tensor)
     dtype = tl.load(table_ptr + tensors + tensor)
     count = tl.load(table_ptr + 2 * tensors + tensor)
     first = tl.load(table_ptr + 3 * tensors + tensor)
     begin = (chunk - first).to(tl.int64) * BLOCK
-    place = tl.arange(0, BLOCK)
-    return tensor, score, dtype, begin, place, place < tl.minimum(count - begin, BLOCK).to(tl.int32)
+    return tensor, score, dtype, begin, tl.minimum(count - begin, BLOCK).to(tl.int32)
 
 
 @triton.jit
@@ -89,10 +88,10 @@ def topr_digits(  # type: ignore[no-untyped-def]
     """Adds one digit of all keys whose higher digits are those found."""
     found = tl.load(found_ptr)
     counts = tl.zeros((BINS,), tl.int32)
+    place = tl.arange(0, BLOCK)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        tensor, score, dtype, begin, place, valid = _chunk(
-            table_ptr, owner_ptr, chunk, tensors, BLOCK
-        )
+        tensor, score, dtype, begin, size = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+        valid = place < size
         keys = _codes(score, dtype, begin, place, valid, WIDE)
         if FIRST:
             infinity = 0x7FF0000000000000 if WIDE else 0x7F800000
@@ -123,7 +122,9 @@ def topr_count(  # type: ignore[no-untyped-def]
 ):
     """How many keys of each chunk are above the one found, and how many equal it."""
     chunk = tl.program_id(0).to(tl.int64)
-    _tensor, score, dtype, begin, place, valid = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+    _tensor, score, dtype, begin, size = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+    place = tl.arange(0, BLOCK)
+    valid = place < size
     keys = _codes(score, dtype, begin, place, valid, WIDE)
     key = tl.load(key_ptr).to(keys.dtype)
     tl.store(above_ptr + chunk, tl.sum((valid & (keys > key)).to(tl.int64), 0))
@@ -156,28 +157,31 @@ def topr_zero(  # type: ignore[no-untyped-def]
     RECORD: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    """Zeroes the first elements of a chunk in order, and records what they were."""
+    """Zeroes the first elements of a chunk in order, and records what they were.
+
+    It reads a chunk twice, in pieces, for a whole one would take more registers than there are.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     wanted = tl.load(selected_ptr + chunk)
     if (tl.load(matches_ptr) != 0) & (wanted != 0):
-        tensor, score, dtype, begin, place, valid = _chunk(
-            table_ptr, owner_ptr, chunk, tensors, BLOCK
-        )
-        target = tl.load(table_ptr + 4 * tensors + tensor)
-        width = tl.load(table_ptr + 5 * tensors + tensor)
-        keys = _codes(score, dtype, begin, place, valid, WIDE)
-        key = tl.load(key_ptr).to(keys.dtype)
-        above = valid & (keys > key)
-        tied = (valid & (keys == key)).to(tl.int32)
-        left = wanted.to(tl.int32) - tl.sum(above.to(tl.int32), 0)
-        earlier = tl.cumsum(tied, 0)
-        chosen = above | ((tied != 0) & (earlier <= left))
-        ordered = chosen.to(tl.int32)
-        if tl.sum(ordered, 0) != wanted:
+        tensor, score, dtype, begin, size = _chunk(table_ptr, owner_ptr, chunk, tensors, BLOCK)
+        place = tl.arange(0, PIECE)
+        key = tl.load(key_ptr).to(tl.int64 if WIDE else tl.int32)
+        above_all = 0
+        ties_all = 0
+        for piece in range(0, size, PIECE):
+            valid = place < size - piece
+            keys = _codes(score, dtype, begin + piece, place, valid, WIDE)
+            above_all += tl.sum((valid & (keys > key)).to(tl.int32), 0)
+            ties_all += tl.sum((valid & (keys == key)).to(tl.int32), 0)
+        left = wanted.to(tl.int32) - above_all
+        if (left < 0) | (left > ties_all):
             tl.store(ends_ptr + 3 * chunk + 2, 1)
         else:
-            rank = tl.cumsum(ordered, 0) - 1
+            target = tl.load(table_ptr + 4 * tensors + tensor)
+            width = tl.load(table_ptr + 5 * tensors + tensor)
             before = tl.load(before_ptr + chunk)
             row = layout_ptr + tensor * 5
             values = tl.zeros((), tl.int64)
@@ -185,42 +189,62 @@ def topr_zero(  # type: ignore[no-untyped-def]
                 values = record_ptr.to(tl.int64) + tl.load(row + 3)
                 index_width = tl.load(row + 1)
                 code = record_ptr.to(tl.int64) + tl.load(row + 2)
-                if index_width == 4:
-                    to = code.to(tl.pointer_type(tl.int32)) + before + rank
-                    tl.store(to, begin.to(tl.int32) + place, chosen)
-                elif index_width == 8:
-                    to = code.to(tl.pointer_type(tl.int64)) + before + rank
-                    tl.store(to, begin + place, chosen)
+            ties = 0
+            runs = 0
+            last = 0
+            for piece in range(0, size, PIECE):
+                first = begin + piece
+                valid = place < size - piece
+                keys = _codes(score, dtype, first, place, valid, WIDE)
+                tied = (valid & (keys == key)).to(tl.int32)
+                earlier = ties + tl.cumsum(tied, 0)
+                chosen = valid & ((keys > key) | ((tied != 0) & (earlier <= left)))
+                ordered = chosen.to(tl.int32)
+                rank = tl.cumsum(ordered, 0) - 1
+                if RECORD:
+                    if index_width == 4:
+                        to = code.to(tl.pointer_type(tl.int32)) + before + rank
+                        tl.store(to, first.to(tl.int32) + place, chosen)
+                    elif index_width == 8:
+                        to = code.to(tl.pointer_type(tl.int64)) + before + rank
+                        tl.store(to, first + place, chosen)
+                    else:
+                        bit = ordered.reshape(PIECE // 8, 8) << tl.arange(0, 8)[None, :]
+                        byte = tl.arange(0, PIECE // 8)
+                        packed = tl.sum(bit, 1).to(tl.uint8)
+                        at_byte = code.to(tl.pointer_type(tl.uint8)) + first // 8 + byte
+                        tl.store(at_byte, packed, byte * 8 < size - piece)
+                    # The element before each, which the one of a run's first is not chosen. That
+                    # of the piece before is not read again: it may be among what was zeroed.
+                    inner = valid & (place > 0)
+                    previous = _codes(score, dtype, first, place - 1, inner, WIDE)
+                    joined = (previous > key) | ((previous == key) & (earlier - tied <= left))
+                    joined = tl.where(place == 0, last != 0, joined)
+                    runs += tl.sum((chosen & ~joined).to(tl.int32), 0)
+                    last = tl.sum(tl.where(place == PIECE - 1, ordered, 0), 0)
+                    if piece == 0:
+                        tl.store(ends_ptr + 3 * chunk + place, ordered.to(tl.int64), place == 0)
+                if width == 1:
+                    _take(target, first, values, before, place, rank, chosen, tl.int8, RECORD)
+                elif width == 2:
+                    _take(target, first, values, before, place, rank, chosen, tl.int16, RECORD)
+                elif width == 4:
+                    _take(target, first, values, before, place, rank, chosen, tl.int32, RECORD)
                 else:
-                    bit = ordered.reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :]
-                    byte = tl.arange(0, BLOCK // 8)
-                    exists = tl.max(valid.to(tl.int32).reshape(BLOCK // 8, 8), 1) != 0
-                    packed = tl.sum(bit, 1).to(tl.uint8)
-                    tl.store(code.to(tl.pointer_type(tl.uint8)) + begin // 8 + byte, packed, exists)
-                # The element before each, which the one of a run's first is not chosen.
-                inner = valid & (place > 0)
-                previous = _codes(score, dtype, begin, place - 1, inner, WIDE)
-                joined = (previous > key) | ((previous == key) & (earlier - tied <= left))
-                starts = chosen & ~(joined & inner)
-                tl.atomic_add(row + 4, tl.sum(starts.to(tl.int64), 0), sem="relaxed")
-                last = tl.max(tl.where(place == BLOCK - 1, ordered, 0), 0)
-                tl.store(ends_ptr + 3 * chunk, tl.sum(tl.where(place == 0, ordered, 0), 0))
+                    # Of 16 bytes, both halves.
+                    words = width // 8
+                    for half in range(words):
+                        at, to = place * words + half, rank * words + half
+                        _take(
+                            target, first * words, values, before * words, at, to, chosen,
+                            tl.int64, RECORD,
+                        )  # fmt: skip
+                ties += tl.sum(tied, 0)
+                before += tl.sum(ordered, 0)
+            if RECORD:
+                tl.atomic_add(row + 4, runs.to(tl.int64), sem="relaxed")
+                # Of a whole chunk; behind any other one, another tensor begins.
                 tl.store(ends_ptr + 3 * chunk + 1, last)
-            if width == 1:
-                _take(target, begin, values, before, place, rank, chosen, tl.int8, RECORD)
-            elif width == 2:
-                _take(target, begin, values, before, place, rank, chosen, tl.int16, RECORD)
-            elif width == 4:
-                _take(target, begin, values, before, place, rank, chosen, tl.int32, RECORD)
-            else:
-                # Of 16 bytes, both halves.
-                words = width // 8
-                for half in range(words):
-                    at, to = place * words + half, rank * words + half
-                    _take(
-                        target, begin * words, values, before * words, at, to, chosen,
-                        tl.int64, RECORD,
-                    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def breaches(kernel: Kernel) -> list[str]:
     rule = next((rule for rule in RULES if rule.applies(kernel.name)), None)
     if rule is None:
         return [*found, "no rule in tests/budgets/__init__.py says what kind of kernel it is"]
-    double = () if re.search("double|float64", kernel.name) else _DOUBLE
+    double = () if re.search("double|float64|<long>", kernel.name) else _DOUBLE
     found += [
         f"{kernel.count(pattern)} {pattern}, which are forbidden"
         for pattern in (*_LOCAL, *double, *rule.forbidden)

@@ -31,6 +31,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..emulation import build
 from ..emulation.checked import checked
 from .case import Case
@@ -261,6 +263,8 @@ def _require_right_without(mutant: Mutant, where: str) -> None:
 
 
 def _judge_into(connection: Connection, mutant: Mutant) -> None:
+    # A fork has none of the threads that torch would wait for.
+    torch.set_num_threads(1)
     try:
         connection.send(judge(mutant))
     except BaseException:

@@ -213,7 +213,7 @@ _DOUBLE = [
     linear((1, 20, 128, 128), precision="float64"),
     linear((2, 21, 70, 66), precision="float64", small=True),
     linear((3, 5, 7, 9), precision="float64", small=True),
-    linear((3, 5, 8, 9), "vectors of the gradient", precision="float64", small=True),
+    linear((3, 17, 64, 65), "vectors of the gradient", precision="float64"),
     linear((12, 18, 33, 34), "splits", precision="float64", out=TRANSPOSED),
     linear((3, 17, 65, 64), "positions last", grad=POSITIONS_LAST, precision="float64"),
     linear((2, 3, 36, 4), "far samples", x=Layout(far=True), precision="float64"),

@@ -242,7 +242,7 @@ def topr_zero(  # type: ignore[no-untyped-def]
                 ties += tl.sum(tied, 0)
                 before += tl.sum(ordered, 0)
             if RECORD:
-                tl.atomic_add(row + 4, runs.to(tl.int64), sem="relaxed")
+                tl.atomic_add(row + 4, runs, sem="relaxed")
                 # Of a whole chunk; behind any other one, another tensor begins.
                 tl.store(ends_ptr + 3 * chunk + 1, last)
 

@@ -93,11 +93,11 @@ inline Problem conv2d_problem(const Tensor& out, const Tensor& grad, const Tenso
   p.pad_w = padding[1];
   p.dilation_h = dilation[0];
   p.dilation_w = dilation[1];
+  const int64_t room_h = p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_height - 1) - 1;
+  const int64_t room_w = p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_width - 1) - 1;
   FF_CHECK("conv2d_sum_grad_squared_", "grad",
-           (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_height - 1) - 1) / p.stride_h + 1 ==
-                   p.out_height &&
-               (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_width - 1) - 1) / p.stride_w + 1 ==
-                   p.out_width,
+           room_h >= 0 && room_w >= 0 && room_h / p.stride_h + 1 == p.out_height &&
+               room_w / p.stride_w + 1 == p.out_width,
            "its height and width do not follow from input, stride, padding and dilation");
   for (int i = 0; i < 4; ++i) {
     p.g_stride[i] = grad.stride(i);

@@ -261,3 +261,10 @@ def test_compile_traces_without_a_break() -> None:
     actual = torch.compile(step, fullgraph=True, backend="aot_eager")(traced, G3, X3)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.skipif(not ops.build_info()["compiled"], reason="no compiled module")
+def test_a_kernel_that_does_not_fit_its_input_is_refused() -> None:
+    out, grad, images = torch.zeros(2, 2, 4, 4), torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="height and width"):
+        OPS.conv2d_sum_grad_squared_.default(out, grad, images, [2, 2], [0, 0], [1, 1], 1, 1.0)

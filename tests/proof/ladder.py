@@ -242,8 +242,8 @@ def page(data: Mapping[str, Any]) -> str:
         "",
         "**No kernel has run on a GPU.** Every cell is from a run of `python -m tests.proof.ladder "
         "--save`, on a CPU; [what the rungs are, and what they cannot see](gpu.md). A cell gives "
-        "the number of proof cases and their largest relative error to the float64 oracle; "
-        "bfloat16 and TF32 cases are among them. `topr` is all kernels of the selection, whose masks are "
+        "the number of proof cases and their largest relative error to the float64 oracle, cases "
+        "in bfloat16 and TF32 included. `topr` is all kernels of the selection, whose masks are "
         "compared bit for bit.",
         "",
         "## CUDA",
@@ -263,7 +263,7 @@ def page(data: Mapping[str, Any]) -> str:
         "",
         "No instance spills or has local memory: `tests/test_gpu_static.py` holds each to its "
         "budget. Registers are the budgets' largest, 8 above what was needed when they were "
-        "recorded. For Triton, an instance is a kernel with one choice of blocks and one kind of call.",
+        "recorded. Of Triton, an instance is a kernel with a choice of blocks and a kind of call.",
         "",
         "| source | instances | architecture: registers |",
         "|---|---|---|",

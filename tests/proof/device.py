@@ -25,7 +25,7 @@ class OnDevice:
         """Args:
         operators: with the operators as attributes, such as ``torch.ops.fastfisher``.
         device: where they run.
-        check: before each call, hold the operator to ``torch.library.opcheck`` with its arguments.
+        check: after each call, hold the operator to ``torch.library.opcheck`` with its arguments.
         """
         self._operators = operators
         self._device = torch.device(device)
@@ -35,12 +35,12 @@ class OnDevice:
         operator = getattr(self._operators, name).default
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._check:
-                copied = _Copies(self._device)
-                torch.library.opcheck(operator, *tree_map(copied.of, (args, kwargs)))
-            copies = _Copies(self._device)
+            copies, others = _Copies(self._device), _Copies(self._device)
+            checked = tree_map(others.of, (args, kwargs)) if self._check else None
             moved, named = tree_map(copies.of, (args, kwargs))
-            results = operator(*moved, **named)
+            results = operator(*moved, **named)  # first: what it refuses is not to be checked
+            if checked is not None:
+                torch.library.opcheck(operator, *checked)
             written: list[Any] = []
             for position, argument in enumerate(operator._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:

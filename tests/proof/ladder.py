@@ -9,17 +9,15 @@ of the kernels is read from the budgets, which the test suite holds them to.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,9 @@ from fastfisher.doctor import cpu_model
 from fastfisher.files import replacing
 from tests import budgets
 from tests.emulation import build
+from tests.emulation.checked import checked
+from tests.emulation.launches import noting
+from tests.emulation.ptx import replayed
 
 from . import mutants
 from .case import Case, first_small
@@ -43,8 +44,6 @@ CUDA = {
     "ptx": "compiled PTX simulated",
 }
 TRITON = {"interpreter": "interpreter, guarded", "triton_ptx": "compiled PTX simulated"}
-#: Kernels that only Triton has; the CUDA kernels run their cases, too, but they are for none.
-_TWINS = ("outer_tile", "outer_pairs")
 #: Small cases of a kernel that the simulators of compiled code run.
 _SIMULATED = 4
 
@@ -52,45 +51,60 @@ _SIMULATED = 4
 Row = dict[str, Any]
 
 
-def _run_cases(
-    cases: Iterable[Case], operators: Any, context: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, Row]:
+def _rows(runs: Iterable[tuple[Iterable[str], float]]) -> dict[str, Row]:
+    """Of cases: the kernels that each has launched, and its error; exact results have none."""
     rows: dict[str, Row] = defaultdict(lambda: {"cases": 0, "error": 0.0})
-    for case in cases:
-        with context():
-            error = case.run(operators)
-        row = rows[case.kernel]
-        row["cases"] += 1
-        # Exact results, such as masks, report none.
-        row["error"] = max(row["error"], error or 0.0)
+    for kernels, error in runs:
+        for kernel in {_plain(each) for each in kernels}:
+            rows[kernel]["cases"] += 1
+            rows[kernel]["error"] = max(rows[kernel]["error"], error or 0.0)
     return dict(rows)
 
 
+def _plain(kernel: str) -> str:
+    """A kernel's name without return type, namespaces and arguments."""
+    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.split(r"[<(]", name)[0].split("::")[-1]
+
+
+def _emulated_runs(
+    kind: build.Kind, cases: Iterable[Case], operators: Any
+) -> Iterator[tuple[list[str], float]]:
+    for case in cases:
+        with noting(kind, run=True) as launches:
+            error = case.run(operators)
+        yield [each.kernel for each in launches], error
+
+
 def _values() -> dict[str, Row]:
-    cases = collect()
-    rows = _run_cases(cases, build.emulated(), contextlib.nullcontext)
-    library = build.load("plain")
+    cases, operators = collect(), build.emulated()
+    rows = _rows(_emulated_runs("plain", cases, operators))
     for order in ("reverse", "random"):
-        way = functools.partial(build.scheduling, order, seed=7, library=library)
-        _run_cases(cases, build.emulated(), way)
+        for case in cases:
+            with build.scheduling(order, seed=7, library=build.load("plain")):
+                case.run(operators)
     return rows
 
 
 def _cucheck() -> dict[str, Row]:
-    from ..emulation.checked import checked
-
-    return _run_cases(collect(small=True), checked(), contextlib.nullcontext)
+    return _rows(_emulated_runs("checked", collect(small=True), checked()))
 
 
 def _sanitized() -> dict[str, Row]:
-    return _run_cases(collect(small=True), build.emulated("sanitized"), contextlib.nullcontext)
+    operators = build.emulated("sanitized")
+    return _rows(_emulated_runs("sanitized", collect(small=True), operators))
 
 
 def _ptx() -> dict[str, Row]:
-    from ..emulation.ptx import replayed
+    operators = replayed()
 
-    cases = first_small(collect(), _SIMULATED)
-    return _run_cases(cases, replayed(), contextlib.nullcontext)
+    def runs() -> Iterator[tuple[list[str], float]]:
+        for case in first_small(collect(), _SIMULATED):
+            operators.launches.clear()
+            error = case.run(operators)
+            yield operators.launches, error
+
+    return _rows(runs())
 
 
 def _interpreter() -> dict[str, Row]:
@@ -99,26 +113,20 @@ def _interpreter() -> dict[str, Row]:
     from .. import test_triton
     from ..emulation.interpreter import Interpreted, guarded
 
-    rows: dict[str, Row] = defaultdict(lambda: {"cases": 0, "error": 0.0})
-    for case in test_triton.CASES:
-        with guarded(), launch.recording() as made:
-            error = case.run(Interpreted())
-        for kernel in {each.kernel.__name__ for each in made}:
-            rows[kernel]["cases"] += 1
-            rows[kernel]["error"] = max(rows[kernel]["error"], error or 0.0)
-    return dict(rows)
+    def runs() -> Iterator[tuple[list[str], float]]:
+        for case in test_triton.CASES:
+            with guarded(), launch.recording() as made:
+                error = case.run(Interpreted())
+            yield [each.kernel.__name__ for each in made], error
+
+    return _rows(runs())
 
 
 def _triton_ptx() -> dict[str, Row]:
     command = [sys.executable, "-m", "tests.emulation.triton_ptx", "--per-kernel", str(_SIMULATED)]
     done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
-    rows: dict[str, Row] = defaultdict(lambda: {"cases": 0, "error": 0.0})
-    for line in done.stdout.splitlines():
-        found = json.loads(line)
-        for kernel in set(found["kernels"]):
-            rows[kernel]["cases"] += 1
-            rows[kernel]["error"] = max(rows[kernel]["error"], found["error"] or 0.0)
-    return dict(rows)
+    found = map(json.loads, done.stdout.splitlines())
+    return _rows((each["kernels"], each["error"]) for each in found)
 
 
 _RUNGS: dict[str, Callable[[], dict[str, Row]]] = {
@@ -177,30 +185,34 @@ def _compiled() -> list[Row]:
     return rows
 
 
-def run() -> dict[str, Any]:
-    """Runs all rungs and all seeded bugs."""
+def run(bugs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Runs all rungs, and all seeded bugs unless their outcomes are given."""
     rungs = {}
     for name in _RUNGS:
         rungs[name] = _in_a_process(name)
         print(f"{name}: {rungs[name]['seconds']} s", flush=True)
-    start = time.monotonic()
-    outcomes = mutants.judge_all(mutants.all_mutants())
     return {
         "processor": cpu_model(),
         "rungs": rungs,
         "compiled": _compiled(),
-        "mutants": [
-            {
-                "name": each.name,
-                "kernel": each.kernel,
-                "file": each.file,
-                "rung": each.rung,
-                "caught": each.caught,
-            }
-            for each in sorted(outcomes, key=lambda each: (each.file, each.kernel, each.name))
-        ],
-        "mutant_seconds": round(time.monotonic() - start),
+        **(bugs or _seeded_bugs()),
     }
+
+
+def _seeded_bugs() -> dict[str, Any]:
+    start = time.monotonic()
+    outcomes = mutants.judge_all(mutants.all_mutants())
+    rows = [
+        {
+            "name": each.name,
+            "kernel": each.kernel,
+            "file": each.file,
+            "rung": each.rung,
+            "caught": each.caught,
+        }
+        for each in sorted(outcomes, key=lambda each: (each.file, each.kernel, each.name))
+    ]
+    return {"mutants": rows, "mutant_seconds": round(time.monotonic() - start)}
 
 
 def _cell(row: Row | None) -> str:
@@ -212,8 +224,6 @@ def _cell(row: Row | None) -> str:
 def _ladder(data: Mapping[str, Any], columns: Mapping[str, str], of: str) -> list[str]:
     rungs = data["rungs"]
     kernels = sorted({kernel for rung in columns for kernel in rungs[rung]["kernels"]})
-    if of == "csrc":
-        kernels = [kernel for kernel in kernels if kernel not in _TWINS]
     bugs: dict[str, list[bool]] = defaultdict(list)
     for each in data["mutants"]:
         if each["file"].startswith(of):
@@ -243,19 +253,16 @@ def page(data: Mapping[str, Any]) -> str:
         "**No kernel has run on a GPU.** Every cell is from a run of `python -m tests.proof.ladder "
         "--save`, on a CPU; [what the rungs are, and what they cannot see](gpu.md). A cell gives "
         "the number of proof cases and their largest relative error to the float64 oracle, cases "
-        "in bfloat16 and TF32 included. `topr` is all kernels of the selection, whose masks are "
-        "compared bit for bit.",
+        "in bfloat16 and TF32 included. A case counts for each kernel that it launches; the masks "
+        "of the selection are compared bit for bit.",
         "",
         "## CUDA",
-        "",
-        "By the kernel that a case is there for; others take part in most cases.",
         "",
         *_ladder(data, CUDA, "csrc"),
         "",
         "## Triton",
         "",
-        "By the kernels that a case launches. Seeded bugs are listed under the kernel whose cases "
-        "judge them.",
+        "Seeded bugs are listed under the kernel, or the group of them, whose cases judge them.",
         "",
         *_ladder(data, TRITON, "fastfisher"),
         "",
@@ -303,13 +310,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 where a seeded bug survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.proof.ladder", description=__doc__)
     parser.add_argument("--save", action="store_true", help="write the page in docs")
+    parser.add_argument(
+        "--keep-bugs", action="store_true", help="take the outcomes of seeded bugs from docs"
+    )
     parser.add_argument("--rung", choices=_RUNGS, help="run this one here, and print JSON")
     options = parser.parse_args(arguments)
     if options.rung:
         importlib.import_module("torch").set_num_threads(1)
         print(json.dumps(_RUNGS[options.rung]()))
         return 0
-    data = run()
+    bugs = None
+    if options.keep_bugs:
+        saved = json.loads(DATA.read_text(encoding="utf-8"))
+        bugs = {name: saved[name] for name in ("mutants", "mutant_seconds")}
+    data = run(bugs)
     if options.save:
         _write(DATA, json.dumps(data, indent=1) + "\n")
         _write(PAGE, page(data))

@@ -188,6 +188,12 @@ def _squares() -> list[Case]:
         case(6, 12, Layout(LAST.order, step=3), note="every third", small=True),
         case(12, 20, out_layout=Layout(step=2), note="strided out", small=True),
         case(2000, 10, note="many samples"),
+        # Enough samples to be split, which another kernel adds up.
+        *(
+            case(n, c, power=1 + c % 2, small=n == 1100 and c < 65)
+            for n in (1100, 1300, 1700, 2500)
+            for c in (17, 20, 33, 40, 50, 64, 65, 70, 80, 100, 130)
+        ),
         case(1500, 64, power=1),
         case(3, 1030),
         case(300, 260, precision="float64"),

@@ -143,6 +143,7 @@ def _spans() -> list[Case]:
         case((200, 3, 20), vocabulary=2, alpha=-0.25),
         case((7, 190, 36), rare_and_frequent, vocabulary=500),
         case((50, 60, 16), rare_and_frequent, vocabulary=300, power=1),
+        *(case((n, 130 // n, d), one_token) for n in (1, 2, 3, 10, 65) for d in (1, 7, 16)),
         case((1, 2500, 8), one_token),
         case((2500, 1, 8), one_token),
         case((31, 31, 132), ends_in_padding),

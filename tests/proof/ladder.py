@@ -147,7 +147,7 @@ def _environment(rung: str) -> Mapping[str, str]:
     return {name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def _in_a_process(rung: str) -> dict[str, Any]:
+def in_a_process(rung: str) -> dict[str, Any]:
     """A rung's rows and its seconds.
 
     Raises:
@@ -189,7 +189,7 @@ def run(bugs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Runs all rungs, and all seeded bugs unless their outcomes are given."""
     rungs = {}
     for name in _RUNGS:
-        rungs[name] = _in_a_process(name)
+        rungs[name] = in_a_process(name)
         print(f"{name}: {rungs[name]['seconds']} s", flush=True)
     return {
         "processor": cpu_model(),

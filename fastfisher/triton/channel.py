@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Blocks, as_float, check, check_devices, float_bits, launch, target_of, tuned
+from .launch import (
+    Blocks,
+    as_float,
+    check,
+    check_devices,
+    float_bits,
+    launch,
+    powers,
+    target_of,
+    tuned,
+)
 
 # Programs that hide the latency of memory: so many for each multiprocessor, if there is work.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -28,14 +38,6 @@ _OF_EACH = tl.constexpr(0)
 _OF_SUM = tl.constexpr(1)
 _OF_PARTS = tl.constexpr(2)
 _FEW_CHANNELS = 16
-
-
-@triton.jit
-def powers(values, ABSOLUTE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Absolute values or squares."""
-    if ABSOLUTE:
-        return tl.abs(values)
-    return values * values
 
 
 @triton.jit

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channel import powers
-from .launch import Blocks, as_float, check, check_devices, float_bits, launch, tuned
+from .launch import Blocks, as_float, check, check_devices, float_bits, launch, powers, tuned
 
 
 @triton.jit

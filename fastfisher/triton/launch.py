@@ -319,3 +319,11 @@ def float_bits(value: float) -> int:
 def as_float(bits, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """The number whose :func:`float_bits` a kernel was given, rounded to ``dtype``."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def powers(values, ABSOLUTE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Absolute values or squares."""
+    if ABSOLUTE:
+        return tl.abs(values)
+    return values * values

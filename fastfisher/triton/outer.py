@@ -27,6 +27,7 @@ from .launch import (
     check_devices,
     float_bits,
     launch,
+    powers,
     target_of,
     tuned,
 )
@@ -44,14 +45,6 @@ _ANY_VALUE = [
     *("samples", "part_samples", "out_width", "height", "width", "sums_part"),
     *("step_h", "step_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
 ]
-
-
-@triton.jit
-def _powers(values, ABSOLUTE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if ABSOLUTE:
-        return tl.abs(values)
-    else:
-        return values * values
 
 
 @triton.jit
@@ -179,7 +172,7 @@ def outer_tile(  # type: ignore[no-untyped-def]
             )
             x = tl.load(inputs + (input_offset[None, :] + input_at[:, None]), mask=valid, other=0.0)
             sample_grad = tl.dot(g, x, sample_grad, input_precision=PRECISION, out_dtype=dtype)
-        sums += _powers(sample_grad, ABSOLUTE)
+        sums += powers(sample_grad, ABSOLUTE)
 
     at = sums_ptr + part.to(tl.int64) * sums_part + channel.to(tl.int64)[:, None] * sums_o
     of_tap = line.to(tl.int64) * sums_h + place.to(tl.int64) * sums_w
@@ -284,7 +277,7 @@ def outer_pairs(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             products += g.to(dtype)[None, :, :] * x.to(dtype)
-        sums += _powers(tl.sum(products, 2), ABSOLUTE)
+        sums += powers(tl.sum(products, 2), ABSOLUTE)
 
     at = sums_ptr + part.to(tl.int64) * sums_part
     at += (line.to(tl.int64) * sums_h + place.to(tl.int64) * sums_w)[:, None]

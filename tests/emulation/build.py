@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastfisher import ops, topr
+from fastfisher import _build, ops, topr
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -67,10 +67,10 @@ def _compiler() -> str:
 
 def _cuda_include() -> Path:
     """CUDA's own headers of vector and 16-bit types."""
-    path = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    if not (path / "crt" / "host_defines.h").exists():
+    home = _build.toolkit()
+    if home is None:
         raise RuntimeError("CUDA's headers were not found; set CUDA_HOME to a toolkit")
-    return path
+    return home / "include"
 
 
 def include_flags() -> list[str]:

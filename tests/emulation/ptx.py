@@ -12,11 +12,12 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastfisher import _build
 
 from .build import NAMESPACES, ROOT, SCHEMAS, SOURCES, load
 from .checked import CheckError, Operators
@@ -59,13 +60,10 @@ def compiler() -> Path:
     Raises:
         CompilerMissing: it is not on this machine.
     """
-    found = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    if found.exists():
-        return found
-    on_path = shutil.which("nvcc")
-    if on_path is None:
+    home = _build.toolkit()
+    if home is None:
         raise CompilerMissing("nvcc was not found; set CUDA_HOME to a toolkit")
-    return Path(on_path)
+    return home / "bin" / "nvcc"
 
 
 def compile_ptx(source: Path) -> str:

@@ -56,8 +56,10 @@ MUTANTS = [
         "sample_grad = sums",
         "interpreter",
     ),
-    _tile(
-        "squares with a sign",
+    Mutant(
+        "triton tile: squares with a sign",
+        "outer_tile",
+        "fastfisher/triton/launch.py",
         "return values * values",
         "return tl.abs(values) * values",
         "interpreter",

@@ -43,6 +43,13 @@ def test_a_bug_is_caught_and_a_comment_is_not() -> None:
     assert not outcomes["a comment"].caught
 
 
+@pytest.mark.parametrize("file", sorted({each.file for each in all_mutants()}))
+def test_every_seeded_bug_is_caught(file: str) -> None:
+    outcomes = judge_all([each for each in all_mutants() if each.file == file])
+    assert outcomes
+    assert [each for each in outcomes if not each.caught] == []
+
+
 def test_what_does_not_compile_is_an_error() -> None:
     broken = Mutant("broken", "outer_simt", FILE, BARRIER, "not C++", "values")
     with pytest.raises(RuntimeError, match=r"outer_simt\.cu does not compile"):

@@ -271,6 +271,14 @@ def _judge_into(connection: Connection, mutant: Mutant) -> None:
         connection.send(traceback.format_exc())
 
 
+_BUILDS: dict[Rung, build.Kind] = {
+    "values": "plain",
+    "ptxsim": "plain",
+    "cucheck": "checked",
+    "asan": "sanitized",
+}
+
+
 def judge_all(
     mutants: Sequence[Mutant],
     processes: int = 2,
@@ -286,6 +294,10 @@ def judge_all(
     Raises:
         RuntimeError: a mutant could not be judged.
     """
+    # What no mutant changes is built once, and in no mutant's time.
+    for kind in sorted({_BUILDS[each.rung] for each in mutants if each.rung in _BUILDS}):
+        for namespace in ("fastfisher_mutant", "fastfisher_original"):
+            build.build(kind, build.SOURCES, namespace)
     # A fork has torch and the cases already, which take longer to load than most mutants to run.
     context = multiprocessing.get_context("fork")
     waiting = deque(mutants)
@@ -359,16 +371,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
 
-    # What no mutant changes is built once, and in no mutant's time.
-    kinds: dict[Rung, build.Kind] = {
-        "values": "plain",
-        "ptxsim": "plain",
-        "cucheck": "checked",
-        "asan": "sanitized",
-    }
-    for kind in sorted({kinds[each.rung] for each in chosen if each.rung in kinds}):
-        for namespace in ("fastfisher_mutant", "fastfisher_original"):
-            build.build(kind, build.SOURCES, namespace)
     outcomes = judge_all(chosen, options.processes, show)
     caught = sum(each.caught for each in outcomes)
     print(f"{caught} of {len(outcomes)} caught")

@@ -204,6 +204,7 @@ def test_train_writes_what_evaluate_needs(tmp_path: Path, call: Callable[..., An
         "augment": True,
         "seed": 7,
         "channels_last": True,
+        "precision": "float32",
     }
     assert config["command"].startswith("fastfisher train --dataset digits")
     assert config["environment"]["torch"] == torch.__version__

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,18 +14,20 @@ from torch.utils.data import Dataset
 from ..data import batches, size_of
 from ..masking import Granularity, Scope, check_scope
 from .base import Edit, Job, Method, methods
-from .loop import EpochStats, seeded, train
+from .loop import EpochStats, seeded
 from .metrics import accuracy, device_of, keeping_modes
 from .recipe import TrainRecipe, check_integer
 from .result import EpochRecord, UnlearnResult
+from .scores import Scores
 
 
 def unlearn(
     model: nn.Module,
     forget_set: Dataset[Any],
-    remain_set: Dataset[Any],
+    remain_set: Dataset[Any] | None,
     *,
     method: str = "fisher-mask",
+    options: Mapping[str, Any] | None = None,
     ratio: float = 0.02,
     remain_weight: float | Literal["auto"] = 1.0,
     granularity: Granularity = "parameter",
@@ -38,6 +41,7 @@ def unlearn(
     batch_size: int = 128,
     seed: int = 0,
     model_factory: Callable[[], nn.Module] | None = None,
+    scores: Scores | None = None,
     progress: bool = False,
     on_epoch: Callable[[EpochRecord], object] | None = None,
 ) -> UnlearnResult:
@@ -54,8 +58,10 @@ def unlearn(
         model: from inputs ``[B, ...]`` to logits ``[B, C]``; modified in place, except by
             "retrain".
         forget_set: D_f, training samples to forget; map-style, of (input, target).
-        remain_set: D_r, the other training samples.
+        remain_set: D_r, the other training samples; ``None`` if none is at hand, which some methods
+            can do with as long as ``epochs`` is 0 (paper, section 4.3).
         method: a name in :func:`fastfisher.unlearning.methods`.
+        options: hyper-parameters of the method's own, by name: the fields of its ``Options``.
         ratio: R, the fraction of units that a masking method zeroes.
         remain_weight: w of the score, with Fishers averaged over samples; or "auto": w and R are
             searched on a tenth of the training images, which the Fishers then do not see
@@ -74,6 +80,8 @@ def unlearn(
         seed: of the random mask, the held-out images, the order of the samples, augmentation,
             dropout and the fresh model.
         model_factory: makes a freshly initialised model, for "retrain".
+        scores: where Fishers and other scores come from, such as a
+            :class:`fastfisher.unlearning.Scores` of a folder, which remembers them.
         progress: show progress bars, if the standard error is a terminal.
         on_epoch: called with each record as soon as it is there, the first two stages included.
 
@@ -108,6 +116,11 @@ def unlearn(
         "test_remain": test_remain,
     }
     sizes = _check_sizes(datasets)
+    if remain_set is None and (epochs or chosen_method.needs_remain_set):
+        needed = f"{method!r} needs one" if chosen_method.needs_remain_set else "epochs is not 0"
+        raise ValueError(f"remain_set: expected a data set, got None, and {needed}")
+    if scores is not None and not isinstance(scores, Scores):
+        raise TypeError(f"scores: expected Scores, got {type(scores).__name__}")
     job = Job(
         model=model,
         forget_set=forget_set,
@@ -124,6 +137,8 @@ def unlearn(
         seed=seed,
         model_factory=model_factory,
         progress=progress,
+        options=chosen_method.options({} if options is None else options),
+        scores=Scores() if scores is None else scores,
     )
     chosen_method.check(job)
     history: list[EpochRecord] = []
@@ -158,19 +173,12 @@ def unlearn(
             record("masked", edit.model, seconds)
         run_epochs, schedule_epochs = chosen_method.epochs(job)
         train_recipe = chosen_method.recipe(job)
-        if run_epochs:
-            train(
-                edit.model,
-                remain_set,
-                train_recipe,
-                epochs=run_epochs,
-                schedule_epochs=schedule_epochs,
-                seed=seed,
-                progress=progress,
-                on_epoch=lambda stats: record("epoch", edit.model, stats.seconds, stats),
-            )
+        chosen_method.fit(
+            job, edit.model, lambda stats: record("epoch", edit.model, stats.seconds, stats)
+        )
     config = {
         "method": method,
+        "options": asdict(job.options),
         "ratio": ratio,
         "remain_weight": remain_weight,
         "granularity": granularity,
@@ -223,7 +231,7 @@ def _check_sizes(datasets: dict[str, Dataset[Any] | None]) -> dict[str, int]:
     for name, dataset in datasets.items():
         argument = arguments.get(name, name)
         if dataset is None:
-            if name in arguments:
+            if name == "train_forget":
                 raise TypeError(f"{argument}: expected a data set, got None")
             continue
         try:

@@ -24,10 +24,11 @@ class FisherMask(Method):
 
     name = "fisher-mask"
     edits_weights = True
+    needs_remain_set = True
 
     def edit(self, job: Job) -> Edit:
         """Score and zero in place; with ``remain_weight="auto"``, search w and R first."""
-        forget, remain = job.forget_set, job.remain_set
+        forget, remain = job.forget_set, job.remain()
         ratio, weight = job.ratio, job.remain_weight
         candidates: list[Candidate] | None = None
         if weight == "auto":

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .metrics import device_of, keeping_modes
 from .recipe import TrainRecipe, check_integer
 from .schedule import lr_scheduler
 
+Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 _SHIFT = 4
 
 
@@ -47,10 +48,12 @@ def train(
     epochs: int | None = None,
     schedule_epochs: int | None = None,
     seed: int | None = None,
+    objective: Objective = lambda model, inputs, targets: F.cross_entropy(model(inputs), targets),
+    before_step: Callable[[], object] | None = None,
     on_epoch: Callable[[EpochStats], object] | None = None,
     progress: bool = False,
 ) -> list[EpochStats]:
-    """Train in place with cross entropy, a fresh SGD optimizer and the recipe's schedule.
+    """Train in place with a fresh SGD optimizer and the recipe's schedule.
 
     All parameters that require grad are trained, in train mode; modes and memory format are given
     back at the end. The caller's random numbers are not disturbed.
@@ -64,6 +67,9 @@ def train(
             ``recipe.epochs``. Later epochs stay at the last rate. 5 is the replay of the paper's
             section 3.4.
         seed: instead of ``recipe.seed``.
+        objective: the loss of a batch, from the model, inputs ``[B, ...]`` and targets ``[B]``, a
+            scalar to minimise; by default the mean cross entropy.
+        before_step: called between each backward pass and its step, to change gradients.
         on_epoch: called after each epoch.
         progress: show a bar, if the standard error is a terminal.
 
@@ -111,7 +117,8 @@ def train(
                     inputs = shift_and_mirror(inputs, generator)
                 if recipe.channels_last and inputs.ndim == 4:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(model(inputs.to(device)), targets.to(device))
+                with torch.autocast(device.type, torch.bfloat16, recipe.precision == "bfloat16"):
+                    loss = objective(model, inputs.to(device), targets.to(device))
                 value = loss.item()
                 lr = float(scheduler.get_last_lr()[0])
                 if not math.isfinite(value):
@@ -121,6 +128,8 @@ def train(
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                if before_step is not None:
+                    before_step()
                 optimizer.step()
                 if step < last_scheduled:
                     scheduler.step()

@@ -1,4 +1,4 @@
-"""What a model gets right."""
+"""Accuracy, and a model in eval mode; what is compared after that is in ``fastfisher.metrics``."""
 
 from __future__ import annotations
 

@@ -237,6 +237,39 @@ def parser() -> argparse.ArgumentParser:
     )
     _batch(evaluate)
 
+    reproduce = command(
+        "reproduce", commands.reproduce, "run a recipe of the paper's experiments, or go on with it"
+    )
+    reproduce.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="a recipe's name, or a TOML file; without one the names are listed",
+    )
+    reproduce.add_argument(
+        "--budget",
+        default="small",
+        metavar="NAME",
+        help="small fits two CPU cores (default), full is the paper's schedule, for a GPU",
+    )
+    reproduce.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
+    reproduce.add_argument("--download", action="store_true", help="fetch a missing data set")
+    reproduce.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="tasks at a time (default: one a CPU core, or one where there is a GPU)",
+    )
+    reproduce.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
+    )
+    reproduce.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write, or to go on with (default runs/reproduce/RECIPE-BUDGET)",
+    )
+
     doctor = command(
         "doctor", commands.doctor, "tell what is installed, and how to fix what is missing"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from torch.utils.data import Dataset
 from . import __version__, models
 from . import doctor as diagnosis
 from .data import DataBundle, batches, load_dataset, load_object, size_of, split_forget, targets_of
+from .experiments.engine import Setting
+from .experiments.recipe import load_recipe, recipe_names
+from .experiments.reproduce import reproduce as run_recipe
 from .fisher_diag import FisherDiag, fisher_diag
 from .masking import Scope
 from .runs import (
@@ -245,6 +249,31 @@ def evaluate(args: argparse.Namespace) -> Outcome:
         forget, remain = _percent(document["forget"]), _percent(document["remain"])
         print(f"\nforget (class {label}) {forget}, remain {remain}")
     return Outcome(document)
+
+
+def reproduce(args: argparse.Namespace) -> Outcome:
+    """Run a recipe, whatever of it is not done, and write its report."""
+    if args.recipe is None:
+        names = recipe_names()
+        print("\n".join(names))
+        return Outcome({"recipes": names})
+    try:
+        recipe = load_recipe(args.recipe, args.budget)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        on_cpu = torch.empty(0, device=device).is_cpu
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: {error}") from error
+    # One thread a task: two tasks of one thread get more done than one task of two.
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if on_cpu else 1)
+    out = args.out or Path("runs/reproduce") / f"{recipe.name}-{recipe.budget}"
+    setting = Setting(out, args.data_root, device, args.download, args.threads or 1)
+    start = time.perf_counter()
+    summary = run_recipe(recipe, setting, jobs=jobs, command=args.command_line, say=_say)
+    print(f"\n{time.perf_counter() - start:.0f} s; report: {out / REPORT}")
+    return Outcome(summary)
 
 
 def doctor(args: argparse.Namespace) -> Outcome:

@@ -38,6 +38,7 @@ def unlearn(
     replay_epochs: int = 5,
     test_forget: Dataset[Any] | None = None,
     test_remain: Dataset[Any] | None = None,
+    train_accuracies: bool = True,
     batch_size: int = 128,
     seed: int = 0,
     model_factory: Callable[[], nn.Module] | None = None,
@@ -76,6 +77,7 @@ def unlearn(
         replay_epochs: S, the epochs into which the learning-rate curve is compressed.
         test_forget: test samples of what is to be forgotten; only evaluated.
         test_remain: the other test samples; only evaluated.
+        train_accuracies: evaluate the training sets at every stage, too.
         batch_size: of scoring and evaluation; training uses the recipe's.
         seed: of the random mask, the held-out images, the order of the samples, augmentation,
             dropout and the fresh model.
@@ -141,6 +143,7 @@ def unlearn(
         scores=Scores() if scores is None else scores,
     )
     chosen_method.check(job)
+    train_recipe = chosen_method.recipe(job)
     history: list[EpochRecord] = []
 
     def record(
@@ -149,10 +152,13 @@ def unlearn(
         seconds: float,
         stats: EpochStats | None = None,
     ) -> None:
-        values = {
-            name: None if dataset is None else accuracy(subject, batches(dataset, batch_size))
-            for name, dataset in datasets.items()
-        }
+        with train_recipe.autocast(device_of(subject)):
+            values = {
+                name: accuracy(subject, batches(dataset, batch_size))
+                if dataset is not None and (train_accuracies or name.startswith("test"))
+                else None
+                for name, dataset in datasets.items()
+            }
         history.append(
             EpochRecord(
                 stage=stage,
@@ -172,7 +178,6 @@ def unlearn(
         if chosen_method.edits_weights:
             record("masked", edit.model, seconds)
         run_epochs, schedule_epochs = chosen_method.epochs(job)
-        train_recipe = chosen_method.recipe(job)
         chosen_method.fit(
             job, edit.model, lambda stats: record("epoch", edit.model, stats.seconds, stats)
         )

@@ -117,7 +117,7 @@ def train(
                     inputs = shift_and_mirror(inputs, generator)
                 if recipe.channels_last and inputs.ndim == 4:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, torch.bfloat16, recipe.precision == "bfloat16"):
+                with recipe.autocast(device):
                     loss = objective(model, inputs.to(device), targets.to(device))
                 value = loss.item()
                 lr = float(scheduler.get_last_lr()[0])

@@ -1,0 +1,1 @@
+"""The paper's experiments, from a recipe to one report."""

@@ -24,6 +24,7 @@ import torch
 from . import __version__, commands
 from .data import dataset_names
 from .masking import Granularity
+from .models import names as model_names
 from .runs import to_json
 from .unlearning import methods
 
@@ -143,8 +144,8 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="NAME",
-        help="convnet, resnet20 (any 6n+2), vgg16_bn, or your own as package.module:callable, "
-        "called without arguments",
+        help=f"{', '.join(model_names())} (resnet: any 6n+2), or your own as "
+        "package.module:callable, called without arguments",
     )
     _data(train, required=True)
     train.add_argument("--download", action="store_true", help="fetch a missing data set")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..metrics.attack_quality import attack_quality
-from ..metrics.likelihood import u_lira
+from ..metrics.likelihood import Variance, u_lira
 from ..metrics.membership import ShadowAttack
 from . import measure
 from .engine import Setting
@@ -66,7 +66,7 @@ def _u_lira(attacks: list[dict[str, Any]], found: dict[str, Any], shadows: torch
         row["ulira_auc"], row["ulira_tpr"] = None, None
         if not bool(attacked.isfinite().all()) or not bool(shadows.isfinite().all()):
             continue  # a logit at minus infinity gives the method away, and has no Gaussian
-        variance = "pooled" if len(found["unlearned"]) < _FEW else "sample"
+        variance: Variance = "pooled" if len(found["unlearned"]) < _FEW else "sample"
         scores = u_lira(attacked, shadows, unlearned, variance=variance)
         members = torch.zeros(scores.shape, dtype=torch.bool)
         members[0] = True

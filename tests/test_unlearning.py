@@ -829,7 +829,7 @@ def test_a_new_method_is_one_registered_class(task: Task, monkeypatch: pytest.Mo
                 list(job.model.parameters())[-1].normal_()
             return Edit(job.model)
 
-    assert list(methods()) == ["finetune", "fisher-mask", "random-mask", "retrain", "head-only"]
+    assert list(methods())[-1] == "head-only"
     models = [copy.deepcopy(task.model) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         before = torch.get_rng_state()

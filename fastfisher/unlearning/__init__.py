@@ -5,7 +5,20 @@ Importing a method's module registers it: a new method is a new file and its nam
 
 from __future__ import annotations
 
-from . import finetune, fisher_mask, random_mask, retrain  # noqa: F401
+from . import (  # noqa: F401
+    finetune,
+    fisher_mask,
+    fisher_noise,
+    head_controls,
+    influence,
+    l1_sparse,
+    negative_gradient,
+    random_mask,
+    retrain,
+    salun,
+    scrub,
+    ssd,
+)
 from .api import unlearn
 from .base import Edit, Job, Method, methods, register
 from .loop import EpochStats, train

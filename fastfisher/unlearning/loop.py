@@ -40,6 +40,24 @@ class EpochStats:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Prelude:
+    """Steps on another data set before those of each of the first epochs, by the same optimizer.
+
+    They are taken at the learning rate of the epoch's first step, and the schedule does not count
+    them.
+
+    Attributes:
+        dataset: map-style, of (input, target).
+        objective: as that of :func:`train`.
+        epochs: in how many epochs.
+    """
+
+    dataset: Dataset[Any]
+    objective: Objective
+    epochs: int
+
+
 def train(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -49,7 +67,9 @@ def train(
     schedule_epochs: int | None = None,
     seed: int | None = None,
     objective: Objective = lambda model, inputs, targets: F.cross_entropy(model(inputs), targets),
+    prelude: Prelude | None = None,
     before_step: Callable[[], object] | None = None,
+    after_step: Callable[[], object] | None = None,
     on_epoch: Callable[[EpochStats], object] | None = None,
     progress: bool = False,
 ) -> list[EpochStats]:
@@ -69,7 +89,9 @@ def train(
         seed: instead of ``recipe.seed``.
         objective: the loss of a batch, from the model, inputs ``[B, ...]`` and targets ``[B]``, a
             scalar to minimise; by default the mean cross entropy.
+        prelude: what else to train on, at the start of the first epochs.
         before_step: called between each backward pass and its step, to change gradients.
+        after_step: called after each step, to change weights.
         on_epoch: called after each epoch.
         progress: show a bar, if the standard error is a terminal.
 
@@ -104,6 +126,33 @@ def train(
         optimizer, recipe, steps_per_epoch=len(loader), schedule_epochs=schedule_epochs
     )
     last_scheduled = schedule_epochs * len(loader) - 1
+
+    def learn(
+        epoch: int, inputs: Tensor, targets: Tensor, objective: Objective
+    ) -> tuple[float, float]:
+        """Take one step; returns the loss before it and the learning rate."""
+        if recipe.augment:
+            inputs = shift_and_mirror(inputs, generator)
+        if recipe.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with recipe.autocast(device):
+            loss = objective(model, inputs.to(device), targets.to(device))
+        value = loss.item()
+        lr = float(scheduler.get_last_lr()[0])
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the training loss became {value} in epoch {epoch} (learning rate "
+                f"{lr:g}); lower the learning rate or look for bad inputs"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if before_step is not None:
+            before_step()
+        optimizer.step()
+        if after_step is not None:
+            after_step()
+        return value, lr
+
     stats: list[EpochStats] = []
     step = 0
     bar = _progress_bar(epochs * len(loader), progress)
@@ -112,25 +161,13 @@ def train(
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             total_loss, samples = 0.0, 0
+            if prelude is not None and epoch <= prelude.epochs:
+                for inputs, targets in batches(
+                    prelude.dataset, recipe.batch_size, shuffle=True, generator=generator
+                ):
+                    learn(epoch, inputs, targets, prelude.objective)
             for inputs, targets in loader:
-                if recipe.augment:
-                    inputs = shift_and_mirror(inputs, generator)
-                if recipe.channels_last and inputs.ndim == 4:
-                    inputs = inputs.contiguous(memory_format=torch.channels_last)
-                with recipe.autocast(device):
-                    loss = objective(model, inputs.to(device), targets.to(device))
-                value = loss.item()
-                lr = float(scheduler.get_last_lr()[0])
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the training loss became {value} in epoch {epoch} (learning rate "
-                        f"{lr:g}); lower the learning rate or look for bad inputs"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if before_step is not None:
-                    before_step()
-                optimizer.step()
+                value, lr = learn(epoch, inputs, targets, objective)
                 if step < last_scheduled:
                     scheduler.step()
                 step += 1

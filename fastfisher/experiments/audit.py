@@ -9,6 +9,7 @@ import torch
 from ..metrics.attack_quality import attack_quality
 from ..metrics.likelihood import Variance, u_lira
 from ..metrics.membership import ShadowAttack
+from ..metrics.outputs import Outputs
 from . import measure
 from .engine import Setting
 from .plan import Task
@@ -18,6 +19,7 @@ OUTPUTS = "outputs.safetensors"
 # Below so many shadow models of a kind, one variance for all samples is the better estimate
 # (Carlini et al. 2022).
 _FEW = 64
+_FEWEST = 2  # models of a kind, for it to have a variance
 
 
 def run(task: Task, setting: Setting) -> dict[str, Any]:
@@ -27,20 +29,18 @@ def run(task: Task, setting: Setting) -> dict[str, Any]:
     the other side are the retrained reference models. Shokri's attack asks which samples were
     trained on: the forgotten ones, against test samples of their kind.
     """
-    found = {
-        role: [measure.load_outputs(setting.of(each) / OUTPUTS) for each in tasks]
+    # A run that failed has no outputs.
+    ran = {
+        role: [each for each in tasks if (setting.of(each) / OUTPUTS).is_file()]
         for role, tasks in task.needs.items()
     }
-    attacks: list[dict[str, Any]] = [
-        {"seed": each.params["seed"]} for each in task.needs["targets"]
-    ]
-    shadows = [
-        torch.stack([each["train_forget"].margins for each in found[role]])
-        for role in ("unlearned", "retrained")
-        if found[role]
-    ]
-    if shadows:
-        _u_lira(attacks, found, torch.cat(shadows))
+    found = {
+        role: [measure.load_outputs(setting.of(each) / OUTPUTS) for each in tasks]
+        for role, tasks in ran.items()
+    }
+    attacks: list[dict[str, Any]] = [{"seed": each.params["seed"]} for each in ran["targets"]]
+    if min(len(found["unlearned"]), len(found["retrained"])) >= _FEWEST:
+        _u_lira(attacks, found)
     if found["halves"]:
         attack = ShadowAttack([(each["inside"], each["outside"]) for each in found["halves"]])
         for row, target in zip(attacks, found["targets"], strict=True):
@@ -57,7 +57,14 @@ def run(task: Task, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _u_lira(attacks: list[dict[str, Any]], found: dict[str, Any], shadows: torch.Tensor) -> None:
+def _u_lira(attacks: list[dict[str, Any]], found: dict[str, list[dict[str, Outputs]]]) -> None:
+    shadows = torch.stack(
+        [
+            each["train_forget"].margins
+            for role in ("unlearned", "retrained")
+            for each in found[role]
+        ]
+    )
     unlearned = torch.zeros(shadows.shape, dtype=torch.bool)
     unlearned[: len(found["unlearned"])] = True
     outside = torch.stack([each["train_forget"].margins for each in found["references"]])

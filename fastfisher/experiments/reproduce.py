@@ -120,6 +120,7 @@ def summarise(recipe: Recipe, planned: Plan, setting: Setting, command: str) -> 
 def _row(row: Row, setting: Setting) -> dict[str, Any]:
     found = setting.result(row.task)
     names = (
+        "failed",
         "history",
         "original",
         "edited",
@@ -153,6 +154,7 @@ def _reference(row: Row, planned: Plan, setting: Setting) -> dict[str, Any]:
             final |= {name: values[name] for name in ("relearn_epochs", "relearn_reached")}
     return {
         "method": "Retrain",
+        "failed": None,
         "seed": row.seed,
         "setting": row.setting,
         "history": found["history"],

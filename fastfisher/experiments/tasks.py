@@ -37,6 +37,19 @@ from .views import View, stratified, view_of
 _REMAIN_SAMPLES = 2000
 
 
+# What a run of a method tells beside its history.
+_OF_A_RUN = (
+    "original",
+    "edited",
+    "final",
+    "confusion_shift",
+    "chosen",
+    "search",
+    "mask",
+    "seconds",
+)
+
+
 def run_task(task: Task, setting: Setting) -> dict[str, Any]:
     """Do a task; the parts of its result that are not tensors come back."""
     runners: dict[str, Callable[[Task, Setting], dict[str, Any]]] = {
@@ -116,6 +129,7 @@ def _unlearn(task: Task, setting: Setting) -> dict[str, Any]:
 
     def on_epoch(record: EpochRecord) -> None:
         nonlocal edited
+        history.append(dataclasses.asdict(record))
         if record.stage == "masked":
             edited = measured(all_outputs(model, view, recipe, params["batch_size"]))
 
@@ -126,36 +140,41 @@ def _unlearn(task: Task, setting: Setting) -> dict[str, Any]:
     elif samples is not None:
         remain = stratified(view.remain, samples, seed=params["seed"])
     recipe = TrainRecipe.from_dict(params["train"])
-    result = unlearn(
-        model,
-        view.forget,
-        remain,
-        method=params["method"],
-        options=params["options"],
-        ratio=params["ratio"],
-        remain_weight=params["remain_weight"],
-        granularity=params["granularity"],
-        scope=params["scope"],
-        exclude=params["exclude"],
-        epochs=params["epochs"],
-        recipe=recipe,
-        replay_epochs=params["replay_epochs"],
-        test_forget=view.test_forget,
-        test_remain=view.test_remain,
-        train_accuracies=False,
-        batch_size=params["batch_size"],
-        seed=params["seed"],
-        scores=Scores(setting.folder / "scores"),
-        on_epoch=on_epoch,
-    )
+    history: list[dict[str, Any]] = []
+    try:
+        result = unlearn(
+            model,
+            view.forget,
+            remain,
+            method=params["method"],
+            options=params["options"],
+            ratio=params["ratio"],
+            remain_weight=params["remain_weight"],
+            granularity=params["granularity"],
+            scope=params["scope"],
+            exclude=params["exclude"],
+            epochs=params["epochs"],
+            recipe=recipe,
+            replay_epochs=params["replay_epochs"],
+            test_forget=view.test_forget,
+            test_remain=view.test_remain,
+            train_accuracies=False,
+            batch_size=params["batch_size"],
+            seed=params["seed"],
+            scores=Scores(setting.folder / "scores"),
+            on_epoch=on_epoch,
+        )
+    except FloatingPointError as error:
+        # A method that diverges has failed here, and the others go on.
+        return {**dict.fromkeys(_OF_A_RUN), "history": history, "failed": str(error)}
     found = all_outputs(model, view, recipe, params["batch_size"])
     measure.save_outputs(setting.of(task) / OUTPUTS, found)
     final = measured(found)
     start = time.perf_counter()
     if params["relearn_epochs"]:
         final |= _relearned(model, view, before["train_forget"], params)
-    history = [dataclasses.asdict(record) for record in result.history]
     return {
+        "failed": None,
         "history": history,
         "original": measured(before),
         "edited": edited,

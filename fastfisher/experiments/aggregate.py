@@ -163,11 +163,14 @@ def curve(row: Row, metric: str) -> list[float | None]:
     return [record[metric] for record in history if record["stage"] in (first, "epoch")]
 
 
-def mean_curve(found: Sequence[Row], metric: str) -> list[Stat | None]:
-    """:func:`curve` over the seeds, point by point, as far as the longest goes."""
-    curves = [curve(row, metric) for row in found]
-    length = max(map(len, curves), default=0)
-    return [stat(c[i] for c in curves if i < len(c)) for i in range(length)]
+def mean_history(found: Sequence[Row], metric: str) -> list[tuple[str, int, Stat]]:
+    """Stage, epoch and mean accuracy over the seeds, in order of time."""
+    points: dict[tuple[str, int], list[float | None]] = {}
+    for row in found:
+        for record in row["history"]:
+            points.setdefault((record["stage"], record["epoch"]), []).append(record[metric])
+    means = [(stage, epoch, stat(values)) for (stage, epoch), values in points.items()]
+    return [(stage, epoch, mean) for stage, epoch, mean in means if mean is not None]
 
 
 def volatility(values: Sequence[float | None]) -> float | None:

@@ -940,8 +940,8 @@ def _ratio_remain(view: View) -> Verdict:
     falling = _rising([-m.mean for _, m in there])
     return Verdict(
         f"Remain accuracy of {label}, mean from masking to the last epoch: {listed(there)}. Yes: "
-        "it falls with each ratio, by at least 5 points in all; partly: by at least 1 point from the "
-        "smallest to the largest ratio.",
+        "it falls with each ratio, by at least 5 points in all; partly: by at least 1 point from "
+        "the smallest to the largest ratio.",
         yes_if(falling and drop >= 0.05, drop >= 0.01),
     )
 

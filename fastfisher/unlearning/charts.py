@@ -1,7 +1,8 @@
-"""Small inline SVG charts for ``report.html``: lines over epochs, bars over layers.
+"""Small inline SVG charts for reports: lines over epochs, bars over layers, maps of classes.
 
 The drawings carry class names instead of colours, so that the page's style sheet serves light and
-dark mode, and every series has a marker of its own beside its colour.
+dark mode, and every series has a marker of its own beside its colour. The last colour of each round
+is the grey of references.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
-SERIES_STYLES = 6
+COLOURS = 8
+SERIES_STYLES = 3 * COLOURS
 
 _Place = Callable[[float, float], tuple[float, float]]
 
@@ -25,7 +27,19 @@ _MARKERS = (
     Markup('<path d="M0-5 5 0 0 5-5 0Z"/>'),
     Markup('<path d="M0 4.8 4.4-3.4-4.4-3.4Z"/>'),
     Markup('<path d="M-4-1.3H-1.3V-4H1.3V-1.3H4V1.3H1.3V4H-1.3V1.3H-4Z"/>'),
+    Markup(
+        '<path d="M-4-2.2-2.2-4 0-1.8 2.2-4 4-2.2 1.8 0 4 2.2 2.2 4 0 1.8-2.2 4-4 2.2-1.8 0Z"/>'
+    ),
+    Markup('<path d="M-5-2H5V2H-5Z"/>'),
 )
+_STAR = Markup(
+    '<path d="M0-9 2.2-3 8.6-2.8 3.5 1.1 5.3 7.3 0 3.6-5.3 7.3-3.5 1.1-8.6-2.8-2.2-3Z"/>'
+)
+
+
+def _marker(style: int) -> Markup:
+    """Series of the same colour differ in their marker."""
+    return _MARKERS[(style + style // COLOURS) % COLOURS]
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,16 @@ class Line:
         style: 0 .. SERIES_STYLES - 1; a method keeps its style across the charts of a page.
         points: ``(x, y)``, y a share in [0, 1].
         level: a reference to reach: the last y as a dashed line over the whole width.
+        dashed: the second quantity of a chart that shows two for each series.
+        star: points that stand for themselves, drawn large and without a line.
     """
 
     label: str
     style: int
     points: Sequence[tuple[float, float]]
     level: bool = False
+    dashed: bool = False
+    star: bool = False
 
     @property
     def drawn(self) -> Sequence[tuple[float, float]]:
@@ -59,9 +77,10 @@ class Bar:
     text: str
 
 
-def legend_key(style: int, *, level: bool = False) -> Markup:
+def legend_key(style: int, *, level: bool = False, star: bool = False) -> Markup:
     """The symbol of a series for a legend: its marker, or a piece of its dashed line."""
-    symbol = Markup('<g class="mark s{}">{}</g>').format(style, _MARKERS[style])
+    shape = Markup('<g transform="scale(.75)">{}</g>').format(_STAR) if star else _marker(style)
+    symbol = Markup('<g class="mark s{}">{}</g>').format(style, shape)
     if level:
         symbol = Markup('<line class="line level s{}" x1="-12" x2="12"/>').format(style)
     width = 24 if level else 14
@@ -152,13 +171,17 @@ def line_chart(
 def _curve(line: Line, place: _Place) -> Markup:
     spots = [(*place(x, y), y) for x, y in line.drawn]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in spots)
+    shape = _STAR if line.star else _marker(line.style)
     marks = [
         Markup(
             '<g class="mark s{}" transform="translate({:.1f} {:.1f})">{}<title>{}: {}</title></g>'
-        ).format(line.style, x, y, _MARKERS[line.style], line.label, percent(value, 2))
+        ).format(line.style, x, y, shape, line.label, percent(value, 2))
         for x, y, value in spots
     ]
-    curve = Markup('<polyline class="line s{}" points="{}"/>').format(line.style, path)
+    if line.star:
+        return Markup("").join(marks)
+    kind = "line dashed" if line.dashed else "line"
+    curve = Markup('<polyline class="{} s{}" points="{}"/>').format(kind, line.style, path)
     return curve + Markup("").join(marks)
 
 
@@ -210,6 +233,64 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> Markup:
     parts.append(
         Markup('<text class="axis" x="{:.1f}" y="{}">{}</text>').format(left, height - 4, x_label)
     )
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+    ).format(width, height, title, Markup("").join(parts))
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    *,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    scale: float,
+) -> Markup:
+    """Signed values as a grid of cells: more in one colour, less in another, stronger for larger.
+
+    Args:
+        values: one row of cells a row.
+        title: for screen readers.
+        rows: label of each row, at its left.
+        columns: label of each column, below it.
+        scale: the absolute value with the full colour; above 0.
+
+    Returns:
+        One ``<svg>`` element.
+    """
+    side = 22
+    left, below = 92, 74
+    width, height = left + side * len(columns) + 20, side * len(rows) + below
+    parts = []
+    for i, (name, row) in enumerate(zip(rows, values, strict=True)):
+        parts.append(
+            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(
+                left - 6, side * i + 15, name
+            )
+        )
+        for j, (other, value) in enumerate(zip(columns, row, strict=True)):
+            parts.append(
+                Markup(
+                    '<g transform="translate({} {})"><rect class="{}" width="{side}" '
+                    'height="{side}" fill-opacity="{:.2f}"/><rect class="cell" width="{side}" '
+                    'height="{side}"/><title>{} as {}: {:+.1f} points</title></g>'
+                ).format(
+                    left + side * j,
+                    side * i,
+                    "more" if value > 0 else "less",
+                    min(abs(value) / scale, 1.0),
+                    name,
+                    other,
+                    100 * value,
+                    side=side,
+                )
+            )
+    for j, other in enumerate(columns):
+        parts.append(
+            Markup(
+                '<text transform="translate({} {}) rotate(-50)" text-anchor="end">{}</text>'
+            ).format(left + side * j + 14, side * len(rows) + 14, other)
+        )
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
     ).format(width, height, title, Markup("").join(parts))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .charts import SERIES_STYLES, Bar, Line, bar_chart, legend_key, line_chart, percent
+from .charts import COLOURS, SERIES_STYLES, Bar, Line, bar_chart, legend_key, line_chart, percent
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -24,11 +24,19 @@ ACCURACIES = (
 
 @dataclass(frozen=True)
 class Table:
-    """Header cells, rows of text cells, and the (row, column) of those to set off."""
+    """A table of text.
+
+    Attributes:
+        heads: the header cells.
+        rows: the other cells.
+        marks: (row, column) of a cell to set off, and the style class that does it.
+        prose: columns that hold sentences; their lines wrap.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
-    chosen: frozenset[tuple[int, int]] = frozenset()
+    marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    prose: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Section:
         legend: ``(symbol, label)`` pairs.
         charts: ``(heading, svg)`` pairs.
         folded: a line to click on that shows charts and table; empty shows them at once.
+        small: the charts are small, more of them fit beside each other.
     """
 
     title: str
@@ -50,6 +59,7 @@ class Section:
     legend: Sequence[tuple[Markup, str]] = ()
     charts: Sequence[tuple[str, Markup]] = ()
     folded: str = ""
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def unlearning_page(
         *(_search(result) for result in results if result.search),
         _every_epoch(results),
     ]
-    return _page(title, subtitle, _headline(results), sections, config, environment)
+    return render(title, subtitle, _headline(results), sections, config, environment)
 
 
 def training_page(
@@ -175,17 +185,17 @@ def training_page(
     chart = line_chart(
         lines,
         title="Test accuracy per epoch",
-        x_ticks=_epoch_ticks(len(history)),
+        x_ticks=epoch_ticks(len(history)),
         x_label="epoch",
         y_label="accuracy",
     )
     rows = [
         (
             str(row["epoch"]),
-            _number(row["lr"]),
-            _number(row["loss"]),
+            number(row["lr"]),
+            number(row["loss"]),
             _share(row["test"], 2),
-            _number(row["seconds"], 3),
+            number(row["seconds"], 3),
         )
         for row in history
     ]
@@ -195,10 +205,10 @@ def training_page(
         Section("Every epoch", table=Table(heads, rows)),
     ]
     headline = f"Test accuracy {_share(history[-1]['test'])} after {len(history)} epochs."
-    return _page(title, subtitle, headline, sections, config, environment)
+    return render(title, subtitle, headline, sections, config, environment)
 
 
-def _page(
+def render(
     title: str,
     subtitle: str,
     headline: str,
@@ -206,6 +216,7 @@ def _page(
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> str:
+    """A page from its parts; see :func:`unlearning_page` for what they are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -220,10 +231,11 @@ def _page(
         headline=headline,
         sections=sections,
         fact_sheets=[
-            (name, [(_name(key), _cell(value)) for key, value in facts.items()])
+            (name, [(_name(key), cell(value)) for key, value in facts.items()])
             for name, facts in (("Configuration", config), ("Environment", environment))
         ],
         styles=SERIES_STYLES,
+        colours=COLOURS,
     )
 
 
@@ -263,7 +275,7 @@ def _curves(results: Sequence[UnlearnResult]) -> Section:
     )
     offset = 1 if masks else 0
     ticks = [(0.0, "original"), *([(1.0, "masked")] if masks else [])]
-    ticks += [(x + offset, label) for x, label in _epoch_ticks(epochs)]
+    ticks += [(x + offset, label) for x, label in epoch_ticks(epochs)]
     charts = []
     for name, heading in ACCURACIES:
         lines = []
@@ -328,7 +340,7 @@ def _search(result: UnlearnResult) -> Section:
     ratios = sorted({ratio for _, ratio in by_place})
     rows = [
         [
-            _number(weight),
+            number(weight),
             *(
                 f"{_share(c['forget'])} / {_share(c['remain'])}"
                 for c in (by_place[weight, ratio] for ratio in ratios)
@@ -336,17 +348,17 @@ def _search(result: UnlearnResult) -> Section:
         ]
         for weight in weights
     ]
-    chosen = frozenset(
-        (weights.index(c["remain_weight"]), 1 + ratios.index(c["ratio"]))
+    chosen = {
+        (weights.index(c["remain_weight"]), 1 + ratios.index(c["ratio"])): "chosen"
         for c in result.search
         if c["chosen"]
-    )
+    }
     return Section(
         f"Search for the remain weight w and the ratio R: {result.method}",
         "Forget / remain accuracy right after masking, on training samples that the Fishers have "
         "not seen; no remain accuracy where the forget accuracy rules a pair out. The pair in the "
         "frame was chosen. Test samples take no part.",
-        Table(["w", *(f"R = {_number(ratio)}" for ratio in ratios)], rows, chosen),
+        Table(["w", *(f"R = {number(ratio)}" for ratio in ratios)], rows, chosen),
     )
 
 
@@ -355,10 +367,10 @@ def _every_epoch(results: Sequence[UnlearnResult]) -> Section:
         (
             result.method,
             record.stage if record.stage != "epoch" else str(record.epoch),
-            _number(record.lr),
-            _number(record.loss),
+            number(record.lr),
+            number(record.loss),
             *(_share(getattr(record, key), 2) for key, _ in ACCURACIES),
-            _number(record.seconds, 3),
+            number(record.seconds, 3),
         )
         for result in results
         for record in result.history
@@ -367,7 +379,7 @@ def _every_epoch(results: Sequence[UnlearnResult]) -> Section:
     return Section("Every epoch", table=Table((*heads, "seconds"), rows), folded="Show the numbers")
 
 
-def _epoch_ticks(epochs: int) -> list[tuple[float, str]]:
+def epoch_ticks(epochs: int) -> list[tuple[float, str]]:
     """Epochs 1 .. ``epochs``, thinned out to at most ten labels, the last one always there."""
     step = -(-epochs // 10) or 1
     # A label less than half a step before the last one would run into it.
@@ -375,17 +387,18 @@ def _epoch_ticks(epochs: int) -> list[tuple[float, str]]:
     return [(float(epoch), str(epoch)) for epoch in sorted(shown) if epochs]
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """Any JSON-able value in one line of text."""
     if value is None:
         return NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return _number(value)
+        return number(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{_name(key)} {_cell(item)}" for key, item in value.items()) or NONE
+        return ", ".join(f"{_name(key)} {cell(item)}" for key, item in value.items()) or NONE
     if isinstance(value, (list, tuple)):
-        return ", ".join(_cell(item) for item in value) or NONE
+        return ", ".join(cell(item) for item in value) or NONE
     return str(value)
 
 
@@ -397,5 +410,6 @@ def _share(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else percent(value, digits)
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to so many significant digits."""
     return NONE if value is None else f"{value:.{digits}g}"

@@ -189,7 +189,8 @@ def parser() -> argparse.ArgumentParser:
         "--granularity",
         choices=get_args(Granularity),
         default="parameter",
-        help="what is masked as one: a scalar (default) or a convolution kernel",
+        help="what is masked as one: a scalar (default), a convolution kernel or, by random-mask "
+        "only, a channel; methods that score channels always mask channels",
     )
     unlearn.add_argument(
         "--exclude",

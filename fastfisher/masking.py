@@ -16,8 +16,9 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from itertools import chain
 from numbers import Real
-from typing import Literal, NoReturn, TypeAlias, cast, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, cast, get_args, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,12 +28,15 @@ from torch import Tensor, nn
 from . import topr
 from .files import replacing
 
-Granularity = Literal["parameter", "kernel"]
+Granularity = Literal["parameter", "kernel", "channel"]
 Scope: TypeAlias = "Literal['global', 'layer'] | Callable[[str], Hashable]"
 
+# Leading dimensions of a parameter that number its units.
+_UNIT_DIMS = {"kernel": 2, "channel": 1}
 _FORMAT = "fastfisher.mask"
-# Version 1 had no groups at first: all parameters competed with each other.
-_VERSION, _READ_VERSIONS = "2", ("1", "2")
+# Version 1 had no groups at first: all parameters competed with each other. Version 3 adds masks of
+# channels, which may name buffers, and parameters that are zeroed without competing.
+_VERSION, _READ_VERSIONS = "3", ("1", "2", "3")
 
 
 def fisher_mask_(
@@ -70,7 +74,7 @@ def fisher_mask_(
             convolution kernel (one output and one input channel, all positions) is a unit scored
             by its mean, taken in float64 in index order; each scalar of a matrix is one too; the
             unit of the authors' code. Parameters with fewer than two dimensions (biases, norms)
-            are then neither scored nor masked.
+            then neither scored nor masked. "channel" is refused: see :func:`channel_mask_`.
         exclude: parameter names or :mod:`fnmatch` patterns, such as ``"fc.*"``, that are neither
             scored nor masked.
         scope: which parameters compete. "global": all of them. "layer": those of one module, such
@@ -282,7 +286,8 @@ def random_mask_(
         ratio: ``R`` in [0, 1], as in :func:`fisher_mask_`.
         generator: source of the draw, of any device; ``None`` is torch's global CPU generator. A
             CPU generator gives the same mask whatever the model's device.
-        granularity: as in :func:`fisher_mask_`.
+        granularity: as in :func:`fisher_mask_`; channels are drawn by the method "random-mask" of
+            :func:`fastfisher.unlearn`, which can find them.
         exclude: as in :func:`fisher_mask_`.
         scope: as in :func:`fisher_mask_`: the units of each group are drawn on their own.
 
@@ -322,6 +327,106 @@ def random_mask_(
     return mask
 
 
+@dataclass(frozen=True)
+class Channels:
+    """The output channels of one layer, and what is zeroed with them.
+
+    Attributes:
+        weight: name of the layer's weight ``[channels, ...]``, by which the layer is known.
+        others: further parameters and buffers, such as those of a norm, that hold one element for
+            each channel: name, and the index there of channel 0.
+    """
+
+    weight: str
+    others: tuple[tuple[str, int], ...] = ()
+
+
+def channel_mask_(
+    model: nn.Module,
+    channels: Sequence[Channels],
+    scores: Sequence[Tensor],
+    *,
+    ratio: float,
+    exclude: Sequence[str] = (),
+    scope: Scope = "global",
+    select: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> Mask:
+    """Zero, in place, whole output channels of ``model``: those with the highest score.
+
+    Args:
+        model: modified in place; what is not selected keeps its bits.
+        channels: the layers; a tensor may belong to channels of several of them.
+        scores: of each layer ``[channels]``, floating point.
+        ratio: as in :func:`fisher_mask_`, of channels.
+        exclude: as in :func:`fisher_mask_`; an excluded weight excludes the channels of its layer.
+            Buffers can be excluded by their names too.
+        scope: as in :func:`fisher_mask_`, by the names of the layers' weights.
+        select: from the scores of one group to a bool tensor each, instead of the top ``ratio``.
+
+    Returns:
+        The mask, of granularity "channel", which can undo itself.
+
+    Raises:
+        ValueError: an argument is out of range; names or shapes do not match; a score is NaN or
+            infinite; nothing is left to score; or what would be masked shares memory. Nothing has
+            been modified.
+        TypeError: an argument is of the wrong type.
+    """
+    ratio = _checked_real("ratio", ratio, at_most=1.0)
+    tensors, first_names = _named(model, buffers=True)
+    excluded = _excluded(first_names, exclude)
+    layers: dict[str, tuple[Channels, Tensor]] = {}
+    for layer, score in zip(channels, scores, strict=True):
+        if layer.weight not in tensors:
+            raise ValueError(f"channels: the model has no weight {layer.weight!r} of its own")
+        if layer.weight in layers:
+            raise ValueError(f"channels: {layer.weight!r} is named twice")
+        if score.shape != tensors[layer.weight].shape[:1]:
+            raise ValueError(
+                f"scores of {layer.weight!r}: expected one for each of "
+                f"{len(tensors[layer.weight])} channels, got shape {tuple(score.shape)}"
+            )
+        if layer.weight in excluded:
+            continue
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"the score of {layer.weight!r} is NaN or infinite")
+        layers[layer.weight] = layer, score
+    if not layers:
+        raise ValueError(f"no channel is left to score: {exclude=}")
+
+    groups = _grouped([name for name in tensors if name in layers], scope)
+    selected: dict[str, Tensor] = {}
+    for group in groups:
+        values = [layers[name][1] for name in group]
+        k = _unit_count(ratio, sum(value.numel() for value in values))
+        chosen = select_top(values, k) if select is None else select(values)
+        selected |= {name: part.cpu() for name, part in zip(group, chosen, strict=True)}
+    rows: dict[str, Tensor] = {}
+    for name, (layer, _) in layers.items():
+        for part, start in ((name, 0), *layer.others):
+            own = first_names.get(part)
+            end = start + len(selected[name])
+            if own is None or not tensors[own].dim() or end > len(tensors[own]):
+                raise ValueError(
+                    f"channels: the model has no parameter or buffer {part!r} of {end} channels"
+                )
+            if own not in excluded:
+                row = rows.setdefault(own, torch.zeros(len(tensors[own]), dtype=torch.bool))
+                row[start:end] |= selected[name]
+    zeroed = {name: tensor for name, tensor in tensors.items() if name in rows}
+    thresholds = [float(layers[n][1].cpu()[m].min()) for n, m in selected.items() if m.any()]
+    mask = Mask(
+        ratio,
+        "channel",
+        None,
+        min(thresholds, default=None),
+        tuple(map(tuple, groups)),
+        _record(zeroed, [rows[name] for name in zeroed]),
+    )
+    mask.apply_(model)
+    return mask
+
+
 def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Select the ``k`` largest elements of several tensors together, exactly.
 
@@ -356,13 +461,14 @@ def _masks(scores: Sequence[Tensor], chosen: topr.Chosen) -> list[Tensor]:
 class Mask:
     """Which weights were zeroed, and what they were.
 
-    Made by :func:`fisher_mask_`, :func:`random_mask_` and :meth:`load`. Holds, on the CPU, one bit
-    per scored element, or the indices of the zeroed ones, or the runs of such indices, whichever is
-    the smallest, and the original values of the zeroed ones.
+    Made by :func:`fisher_mask_`, :func:`random_mask_`, :func:`channel_mask_` and :meth:`load`.
+    Holds, on the CPU, one bit per scored element, or the indices of the zeroed ones, or the runs of
+    such indices, whichever is the smallest, and the original values of the zeroed ones.
 
     Attributes:
         ratio: ``R``, the fraction of the units that was asked for.
-        granularity: "parameter" or "kernel": what a unit is.
+        granularity: "parameter", "kernel" or "channel": what a unit is. With "channel", biases,
+            norms and buffers are zeroed with the channel of a layer's weight, and are no units.
         remain_weight: ``w``; ``None`` if no remain Fisher was used.
         threshold: the smallest score selected; ``None`` for an empty or a random mask.
         groups: names of the parameters that competed with each other: one group of all of them
@@ -381,7 +487,7 @@ class Mask:
         """Units zeroed in each scored parameter; they sum to :attr:`k`."""
         return {
             name: zeroed.values.numel() // _unit_size(zeroed.shape, self.granularity)
-            for name, zeroed in self._zeroed.items()
+            for name, zeroed in self._scored()
         }
 
     @property
@@ -393,9 +499,12 @@ class Mask:
     def units(self) -> int:
         """Number of units scored, ``N``."""
         return sum(
-            math.prod(_unit_shape(zeroed.shape, self.granularity))
-            for zeroed in self._zeroed.values()
+            math.prod(_unit_shape(zeroed.shape, self.granularity)) for _, zeroed in self._scored()
         )
+
+    def _scored(self) -> list[tuple[str, _Zeroed]]:
+        scored = {name for group in self.groups for name in group}
+        return [(name, zeroed) for name, zeroed in self._zeroed.items() if name in scored]
 
     @property
     def zeroed(self) -> int:
@@ -410,7 +519,7 @@ class Mask:
         )
 
     def as_dict(self) -> dict[str, Tensor]:
-        """The mask as one bool tensor per scored parameter, of its shape, on the CPU.
+        """The mask as one bool tensor per parameter or buffer it names, of its shape, on the CPU.
 
         Returns:
             New tensors; True where the parameter was zeroed.
@@ -455,9 +564,9 @@ class Mask:
             mask = zeroed.mask().to(parameter.device)
             parameter[mask] = zeroed.values.to(parameter.device)
 
-    def _targets(self, model: nn.Module) -> list[tuple[str, nn.Parameter, _Zeroed]]:
+    def _targets(self, model: nn.Module) -> list[tuple[str, Tensor, _Zeroed]]:
         """Match the mask to ``model``; only parameters with something to write come back."""
-        parameters, first_names = _named(model)
+        parameters, first_names = _named(model, buffers=self.granularity == "channel")
         owners: dict[str, str] = {}
         for name, zeroed in self._zeroed.items():
             if name not in first_names:
@@ -628,7 +737,7 @@ class _Zeroed:
             aligned = bool((starts % unit_size == 0).all())
             whole = aligned and bool((units == starts + torch.arange(unit_size)).all())
         if not whole:
-            raise ValueError(f"the mask of {name!r} splits a kernel")
+            raise ValueError(f"the mask of {name!r} splits a unit")
 
 
 def _record(parameters: Mapping[str, Tensor], selected: Sequence[Tensor]) -> dict[str, _Zeroed]:
@@ -687,7 +796,7 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
     if not isinstance(description, dict) or description.keys() != fields:
         raise ValueError(f"the header does not have the fields {sorted(fields)}")
     ratio = _checked_real("ratio", description["ratio"], at_most=1.0)
-    granularity = _checked_granularity(description["granularity"])
+    granularity = _checked_granularity(description["granularity"], get_args(Granularity))
     weight = description["remain_weight"]
     if weight is not None:
         weight = _checked_real("remain_weight", weight)
@@ -704,12 +813,12 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
         not isinstance(groups, list)
         or not all(isinstance(group, list) and group for group in groups)
         or not all(isinstance(name, str) for group in groups for name in group)
-        or sorted(name for group in groups for name in group) != sorted(shapes)
+        or not _covers([name for group in groups for name in group], shapes, granularity)
     ):
         raise ValueError("groups must be lists of names, each parameter's in one of them")
     zeroed = {}
     for name, shape in shapes.items():
-        if not _is_scored(len(shape), granularity):
+        if granularity == "kernel" and not _is_scored(len(shape), granularity):
             raise ValueError(f"{name!r} has no kernels")
         zeroed[name] = _Zeroed(
             torch.Size(shape), tensors[f"mask:{name}"], tensors[f"values:{name}"]
@@ -720,11 +829,19 @@ def _parse(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mask:
     for group in groups:
         k = sum(counts[name] for name in group)
         units = sum(math.prod(_unit_shape(zeroed[name].shape, granularity)) for name in group)
-        if k != _unit_count(ratio, units):
+        # How many channels are zeroed is up to the method.
+        if granularity != "channel" and k != _unit_count(ratio, units):
             raise ValueError(f"{k} of {units} units is not the ratio {ratio}")
     if mask.k == 0 and threshold is not None:
         raise ValueError("an empty mask has no threshold")
     return mask
+
+
+def _covers(grouped: Sequence[str], shapes: Mapping[str, object], granularity: Granularity) -> bool:
+    """Whether each scored name is in one group; only channels have parts that are not scored."""
+    if granularity == "channel":
+        return len(set(grouped)) == len(grouped) and shapes.keys() >= set(grouped)
+    return sorted(grouped) == sorted(shapes)
 
 
 def _packed_size(elements: int) -> int:
@@ -756,9 +873,11 @@ def _checked_real(
     return number
 
 
-def _checked_granularity(value: object) -> Granularity:
-    if value not in get_args(Granularity):
-        raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {value!r}")
+def _checked_granularity(
+    value: object, expected: Sequence[str] = ("parameter", "kernel")
+) -> Granularity:
+    if value not in expected:
+        raise ValueError(f"granularity must be one of {tuple(expected)}, got {value!r}")
     return cast(Granularity, value)
 
 
@@ -773,14 +892,24 @@ def _unit_count(ratio: float, units: int) -> int:
     return k + 1 if k < units and (k + 1) / units <= ratio else k
 
 
-def _named(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """The distinct parameters in order, by first name; and for every name, the first one."""
+@overload
+def _named(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]: ...
+@overload
+def _named(model: nn.Module, *, buffers: bool) -> tuple[dict[str, Tensor], dict[str, str]]: ...
+def _named(model: nn.Module, *, buffers: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """The distinct parameters in order, by first name; and for every name, the first one.
+
+    Buffers follow, if they are asked for.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    parameters: dict[str, nn.Parameter] = {}
+    parameters: dict[str, Any] = {}
     first_by_id: dict[int, str] = {}
     first_names: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    named: Iterable[tuple[str, Tensor]] = model.named_parameters(remove_duplicate=False)
+    if buffers:
+        named = chain(named, model.named_buffers(remove_duplicate=False))
+    for name, parameter in named:
         first = first_by_id.setdefault(id(parameter), name)
         first_names[name] = first
         parameters.setdefault(first, parameter)
@@ -888,12 +1017,12 @@ def _is_scored(dim: int, granularity: Granularity) -> bool:
 
 
 def _unit_shape(shape: torch.Size, granularity: Granularity) -> torch.Size:
-    return shape if granularity == "parameter" else shape[:2]
+    return shape if granularity == "parameter" else shape[: _UNIT_DIMS[granularity]]
 
 
 def _unit_size(shape: torch.Size, granularity: Granularity) -> int:
     """Scalars in a unit."""
-    return 1 if granularity == "parameter" else math.prod(shape[2:])
+    return 1 if granularity == "parameter" else math.prod(shape[_UNIT_DIMS[granularity] :])
 
 
 def _unit_scores(score: Tensor, granularity: Granularity) -> Tensor:

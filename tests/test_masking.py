@@ -1019,7 +1019,7 @@ def text(field: str, value: str) -> Change:
 
 MALFORMED: dict[str, tuple[str, Change]] = {
     "format": ("header does not say", edit("header", "format", "fastfisher.fisher")),
-    "later version": (r"of version '3', this fastfisher reads", edit("header", "version", "3")),
+    "later version": (r"of version '4', this fastfisher reads", edit("header", "version", "4")),
     "no version": ("of version None", lambda file: file.header.pop("version")),
     "no groups": ("does not have the fields", lambda file: file.fields.pop("groups")),
     "not JSON": ("Expecting", edit("header", "mask", "{")),
@@ -1056,15 +1056,15 @@ MALFORMED: dict[str, tuple[str, Change]] = {
     "negative index": ("not ascending", lambda file: file.tensors["mask:sparse"][0].fill_(-1)),
     "repeated index": ("not ascending", lambda file: file.tensors["mask:sparse"].fill_(5)),
     "shifted kernel": (
-        "splits a kernel",
+        "splits a unit",
         edit("tensors", "mask:conv", torch.tensor([0b111110, 0, 0, 0], dtype=torch.uint8)),
     ),
     "scattered kernel": (
-        "splits a kernel",
+        "splits a unit",
         edit("tensors", "mask:conv", torch.tensor([0b101111, 0, 0, 0], dtype=torch.uint8)),
     ),
     "half a kernel": (
-        "splits a kernel",
+        "splits a unit",
         lambda file: file.tensors.update(
             {
                 "mask:conv": torch.tensor([0b111, 0, 0, 0], dtype=torch.uint8),
@@ -1117,10 +1117,13 @@ def test_the_file_that_the_malformed_ones_come_from_loads(valid_file: Path, tmp_
     }
 
 
-def test_a_file_of_the_first_version_loads(valid_file: Path, tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_version_loads(valid_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "first.safetensors"
     file = unpack(valid_file)
-    assert file.header["version"] == "2"
+    assert file.header["version"] == "3"
+    file.header["version"] = "2"
+    pack(file, path)
+    assert repr(Mask.load(path)) == repr(Mask.load(valid_file))
     file.header["version"] = "1"
     pack(file, path)
     assert Mask.load(path).groups == (("conv", "dense", "sparse"),)

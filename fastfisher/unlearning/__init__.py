@@ -6,9 +6,11 @@ Importing a method's module registers it: a new method is a new file and its nam
 from __future__ import annotations
 
 from . import (  # noqa: F401
+    activation_mask,
     finetune,
     fisher_mask,
     fisher_noise,
+    grad_mask,
     head_controls,
     influence,
     l1_sparse,
@@ -18,6 +20,7 @@ from . import (  # noqa: F401
     salun,
     scrub,
     ssd,
+    tfidf,
 )
 from .api import unlearn
 from .base import Edit, Job, Method, methods, register

@@ -67,7 +67,8 @@ def unlearn(
         remain_weight: w of the score, with Fishers averaged over samples; or "auto": w and R are
             searched on a tenth of the training images, which the Fishers then do not see
             (:func:`fastfisher.unlearning.search_mask`; ``ratio`` is one of the candidates).
-        granularity: as in :func:`fastfisher.fisher_mask_`.
+        granularity: as in :func:`fastfisher.fisher_mask_`; "random-mask" also takes "channel".
+            Of "fisher-mask" and "random-mask"; a method that scores channels masks channels.
         exclude: as in :func:`fastfisher.fisher_mask_`.
         scope: as in :func:`fastfisher.fisher_mask_`: of what the ratio is taken, all parameters
             together, each layer, or groups of your own. "random-mask" draws within the same groups.

@@ -26,6 +26,13 @@ class FisherMask(Method):
     edits_weights = True
     needs_remain_set = True
 
+    def check(self, job: Job) -> None:
+        """Raise unless its units can be scored."""
+        if job.granularity == "channel":
+            raise ValueError(
+                "granularity: 'fisher-mask' scores parameters or kernels, got 'channel'"
+            )
+
     def edit(self, job: Job) -> Edit:
         """Score and zero in place; with ``remain_weight="auto"``, search w and R first."""
         forget, remain = job.forget_set, job.remain()

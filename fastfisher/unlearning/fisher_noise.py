@@ -7,7 +7,7 @@ Golatkar, Achille, Soatto, "Eternal Sunshine of the Spotless Net", CVPR 2020; th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .base import Edit, Job, Method, register
 from .gradients import trainable
 from .head import find_head, forget_class
-from .options import check_choice, check_number
+from .options import check_number
+from .recipe import check_choice
 
 Definition = Literal["original", "paper"]
 
@@ -44,7 +45,7 @@ class FisherNoiseOptions:
             TypeError: a value is of the wrong type.
         """
         check_number("options.alpha", self.alpha, at_least=0)
-        check_choice("options.definition", self.definition, get_args(Definition))
+        check_choice("options.definition", self.definition, Definition)
 
 
 @register

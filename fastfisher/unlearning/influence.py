@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from ..data import batches, size_of
 from .base import Edit, Job, Method, register
 from .gradients import sum_gradient, trainable
 from .metrics import device_of, keeping_modes
-from .options import check_choice, check_number
-from .recipe import check_integer
+from .options import check_number
+from .recipe import check_choice, check_integer
 
 Definition = Literal["original", "paper"]
 
@@ -58,7 +58,7 @@ class InfluenceOptions:
         check_number("options.scale", self.scale, above=0)
         check_integer("options.passes", self.passes, 1)
         check_integer("options.batch_size", self.batch_size, 1)
-        check_choice("options.definition", self.definition, get_args(Definition))
+        check_choice("options.definition", self.definition, Definition)
 
 
 @register

@@ -79,11 +79,7 @@ class TrainRecipe:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"recipe.{name}: expected a bool, got {getattr(self, name)!r}")
         for name, choices in (("schedule", Schedule), ("precision", Precision)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"recipe.{name}: expected one of {get_args(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+            check_choice(f"recipe.{name}", getattr(self, name), choices)
         self._settle_milestones()
 
     def _settle_milestones(self) -> None:
@@ -144,3 +140,13 @@ def check_integer(name: str, value: object, at_least: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name}: must be at least {at_least}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise unless ``value`` is one of a ``Literal``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")

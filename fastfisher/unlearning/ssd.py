@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.utils.data import ConcatDataset, Dataset
 from ..data import batches, size_of
 from .base import Edit, Job, Method, register
 from .gradients import loss_gradients, trainable
-from .options import check_choice, check_number
+from .options import check_number
+from .recipe import check_choice
 
 Definition = Literal["paper", "original"]
 
@@ -46,7 +47,7 @@ class SSDOptions:
         """
         check_number("options.alpha", self.alpha, at_least=0)
         check_number("options.dampening", self.dampening, at_least=0)
-        check_choice("options.definition", self.definition, get_args(Definition))
+        check_choice("options.definition", self.definition, Definition)
 
 
 @register

@@ -53,8 +53,8 @@ def reproduce(
         FileNotFoundError: the data set is not there.
     """
     # Here, since a page is all that they are needed for.
-    from .markdown import markdown
-    from .report import report
+    from .markdown import results_page
+    from .report import reproduction_page
 
     _claim(setting.folder, recipe)
     planned = plan(recipe)
@@ -65,8 +65,8 @@ def reproduce(
     write_json(setting.folder / SUMMARY, summary)
     # What is read back has been rounded and emptied as JSON demands, as for a later reader.
     summary = json.loads((setting.folder / SUMMARY).read_text(encoding="utf-8"))
-    (setting.folder / REPORT).write_text(report(summary), encoding="utf-8")
-    (setting.folder / PAGE).write_text(markdown(summary), encoding="utf-8")
+    (setting.folder / REPORT).write_text(reproduction_page(summary), encoding="utf-8")
+    (setting.folder / PAGE).write_text(results_page(summary), encoding="utf-8")
     return summary
 
 

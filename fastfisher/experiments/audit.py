@@ -38,7 +38,13 @@ def run(task: Task, setting: Setting) -> dict[str, Any]:
         role: [measure.load_outputs(setting.of(each) / OUTPUTS) for each in tasks]
         for role, tasks in ran.items()
     }
-    attacks: list[dict[str, Any]] = [{"seed": each.params["seed"]} for each in ran["targets"]]
+    attacks: list[dict[str, Any]] = [
+        {
+            "seed": each.params["seed"],
+            "rmia_auc": measure.rmia_auc(target, found["references"]),
+        }
+        for each, target in zip(ran["targets"], found["targets"], strict=True)
+    ]
     if min(len(found["unlearned"]), len(found["retrained"])) >= _FEWEST:
         _u_lira(attacks, found)
     if found["halves"]:

@@ -69,7 +69,7 @@ def metrics(found: Found, references: Sequence[Found], incompetent: Outputs | No
     values["confusion_distance"] = mean(
         lambda other: float(confusion_distance(_test(found), _test(other)).nanmean())
     )
-    values["rmia_auc"] = _rmia_auc(found, references) if references else None
+    values["rmia_auc"] = rmia_auc(found, references) if references else None
     away = {
         name: None
         if (of := mean(lambda other, n=name: other[n].accuracy)) is None  # type: ignore[misc]
@@ -128,7 +128,7 @@ def _called_nonmembers(found: Found, statistic: Statistic) -> float:
     return 1 - float(attack.predict(found["train_forget"]).double().mean())
 
 
-def _rmia_auc(found: Found, references: Sequence[Found]) -> float:
+def rmia_auc(found: Found, references: Sequence[Found]) -> float:
     """How well RMIA tells D_f from test samples of its kind; the references saw neither."""
 
     def logs(each: Found, name: str) -> Tensor:

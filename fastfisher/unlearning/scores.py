@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from ..data import batches
 from ..files import replacing
 from ..fisher_diag import FisherDiag, fisher_diag
+from ..runs import write_json
 
 _BATCH = 1024
 
@@ -27,12 +29,17 @@ class Scores:
     model, every input and target of the data in order, and the definition. So methods, ratios and
     experiments share what they have in common, and nothing stale is ever used.
 
+    Attributes:
+        seconds_saved: what the scores that were found in the folder took when they were computed,
+            in all: a method's time with them is longer than it seems by as much.
+
     Args:
         folder: where to remember; made where it does not exist. ``None`` remembers nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
+        self.seconds_saved = 0.0
         self._hashes: dict[int, tuple[Dataset[Any], str]] = {}
 
     def fisher(
@@ -64,8 +71,7 @@ class Scores:
         path = self._path(model, dataset, {"score": "fisher_diag", **options})
         if path is None:
             return compute()
-        if not path.is_file():
-            compute().save(path)
+        self._remember(path, lambda: compute().save(path))
         return FisherDiag.load(path)
 
     def tensors(
@@ -88,11 +94,24 @@ class Scores:
         path = self._path(model, dataset, definition)
         if path is None:
             return dict(compute())
-        if not path.is_file():
+
+        def save() -> None:
             values = {name: value.contiguous() for name, value in compute().items()}
             with replacing(path) as temporary:
                 save_file(values, temporary)
+
+        self._remember(path, save)
         return load_file(path)
+
+    def _remember(self, path: Path, save: Callable[[], None]) -> None:
+        """Make the file if it is not there, and count the time that it saves if it is."""
+        beside = path.with_suffix(".json")
+        if path.is_file() and beside.is_file():
+            self.seconds_saved += json.loads(beside.read_text(encoding="utf-8"))["seconds"]
+            return
+        start = time.perf_counter()
+        save()
+        write_json(beside, {"seconds": time.perf_counter() - start})
 
     def _path(
         self, model: nn.Module, dataset: Dataset[Any], definition: Mapping[str, Any]

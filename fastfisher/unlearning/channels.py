@@ -33,8 +33,7 @@ _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _KEEP_CHANNELS = {
     *(f"{kind}_pool{dims}d" for kind in ("avg", "max") for dims in (1, 2, 3)),
     *(f"adaptive_{kind}_pool{dims}d" for kind in ("avg", "max") for dims in (1, 2, 3)),
-    "dropout",
-    "contiguous",
+    *(f"dropout{dims}" for dims in ("", "1d", "2d", "3d")),
 }
 _JOIN = {"cat", "concat", "concatenate"}
 

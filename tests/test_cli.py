@@ -310,9 +310,9 @@ def test_unlearn_searches_the_weight(run: Path, call: Callable[..., Any]) -> Non
         "unlearn", "--run", run, "--forget-class", 1, "--remain-weight", "auto", "--epochs", 0
     )
     chosen = document["methods"][0]["chosen"]
-    assert chosen["chosen"] is True
     mask = Mask.load(run / "unlearn/mask.safetensors")
     assert (mask.remain_weight, mask.ratio) == (chosen["remain_weight"], chosen["ratio"])
+    assert mask.granularity == chosen["granularity"]
     report = (run / "unlearn/report.html").read_text()
     assert f'<td class="chosen">{100 * chosen["forget"]:.1f}% / ' in report
 
@@ -403,8 +403,8 @@ BASE = "train --dataset digits --model convnet --epochs 1 --out o"
         (f"{BASE} --schedule soon", 2, "--schedule: expected epochs such as 80,120"),
         (f"{BASE} --schedule 5x-1", 2, "--schedule: expected a number of at least 0, got '-1'"),
         (f"{BASE} --threads 0", 2, "--threads"),
-        (f"{BASE} --model nonsense", 1, "name: expected 'convnet'"),
-        (f"{BASE} --model own", 1, "name: expected 'convnet'"),
+        (f"{BASE} --model nonsense", 1, "name: expected one of ['convnet'"),
+        (f"{BASE} --model own", 1, "name: expected one of ['convnet'"),
         (f"{BASE} --model own:absent", 1, "has no 'absent'"),
         (f"{BASE} --model absent:model", 1, "cannot be imported"),
         (f"{BASE} --model own:no_model", 1, "expected a torch.nn.Module, got str"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import re
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from fastfisher.masking import Mask, random_mask_
-from fastfisher.unlearning import Candidate, EpochRecord, UnlearnResult
+from fastfisher.unlearning import Candidate, EpochRecord, Search, UnlearnResult
 from fastfisher.unlearning.charts import Bar, Line, bar_chart, line_chart
 from fastfisher.unlearning.report import accuracy_table, stages, training_page, unlearning_page
 
@@ -204,22 +203,29 @@ def test_the_masked_share_counts_scalars() -> None:
 def test_the_search_is_a_grid_with_the_choice_in_a_frame() -> None:
     result = masked_result()
     measured = {
-        (1, 0.01): (0.5, None),
+        (1, 0.01): (0.5, 0.9),
         (2, 0.01): (0.004, 0.987),
         (1, 0.1): (0.0, 0.4),
-        (2, 0.1): (0.0, 0.3),
     }
-    result.search = [
-        dataclasses.asdict(Candidate(*pair, 1, *found, chosen=pair == (2, 0.01)))
-        for pair, found in measured.items()
-    ]
+    made = {
+        pair: Candidate(*pair, "parameter", "layer", 1, *found) for pair, found in measured.items()
+    }
+    other = Candidate(3, 0.2, "kernel", "layer", 1, 0.25, 0.99)
+    found = Search((*made.values(), other), (made[2, 0.01], other), made[2, 0.01], 60, 300, 1000)
+    result.search = found.to_dict()
     text = page(result)
-    grid = next(table for table in Checker(text).tables if table[0][0] == "w")
+    grid, curve = (table for table in Checker(text).tables if table and table[0][0] == "w")
     assert grid == [
         ["w", "R = 0.01", "R = 0.1"],
-        ["1", "50.0% / -", "0.0% / 40.0%"],
-        ["2", "0.4% / 98.7%", "0.0% / 30.0%"],
+        ["1", "50.0% / 90.0%", "0.0% / 40.0%"],
+        ["2", "0.4% / 98.7%", "-"],
     ]
+    assert curve == [
+        ["w", "R", "unit", "scope", "forget", "remain"],
+        ["2", "0.01", "parameter", "layer", "0.4%", "98.7%"],
+        ["3", "0.2", "kernel", "layer", "25.0%", "99.0%"],
+    ]
+    assert "(300 and 1,000). 4 masks were tried, on a grid of 60" in text
     assert re.findall(r'<td class="chosen">(.*?)</td>', text) == ["0.4% / 98.7%"]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from fastfisher.unlearning import (
     EpochRecord,
     Job,
     Method,
+    Search,
     TrainRecipe,
     UnlearnResult,
     accuracy,
@@ -37,8 +39,18 @@ from fastfisher.unlearning import (
     train,
     unlearn,
 )
+from fastfisher.unlearning import search as search_module
 from fastfisher.unlearning.loop import shift_and_mirror
-from fastfisher.unlearning.search import choose, hold_out
+from fastfisher.unlearning.scores import Scores
+from fastfisher.unlearning.search import (
+    GRANULARITIES,
+    RATIOS,
+    REMAIN_WEIGHTS,
+    SCOPES,
+    choose,
+    hold_out,
+    pareto,
+)
 
 RECIPE = TrainRecipe(epochs=12)
 
@@ -567,7 +579,7 @@ def fishers(task: Task) -> tuple[Any, Any]:
     return tuple(fisher_diag(task.model, batches(s, 64)) for s in (task.forget, task.remain))
 
 
-def search(task: Task, fishers: tuple[Any, Any], **arguments: Any) -> list[Candidate]:
+def search(task: Task, fishers: tuple[Any, Any], **arguments: Any) -> Search:
     held = batches(task.test_forget, 64), batches(task.test_remain, 64)
     return search_mask(task.model, *fishers, *held, **arguments)
 
@@ -576,24 +588,110 @@ def test_search_measures_what_each_mask_does_and_restores_the_model(
     task: Task, fishers: tuple[Any, Any]
 ) -> None:
     before = state(task.model)
-    found = search(task, fishers, remain_weights=(0.5, 2.0), ratios=(0.02, 0.0), extra_ratio=0.3)
+    found = search(task, fishers, ratios=(0.02, 0.002), extra_ratio=0.3)
     assert same(state(task.model), before)
-    # 80 / 24 remain samples for each forget sample: the weight of the paper's text is added.
-    weights, ratios = [0.5, 2.0, 80 / 24], [0.0, 0.02, 0.3]
-    assert [(c.remain_weight, c.ratio) for c in found] == list(itertools.product(weights, ratios))
-    assert sum(c.chosen for c in found) == 1
-    for candidate in found:
+    assert found.grid == 3 * 2 * 2 * (len(REMAIN_WEIGHTS) + 1)
+    assert (found.held_forget, found.held_remain) == (10, 40)
+    assert found.chosen in found.candidates
+    settings = {(c.ratio, c.granularity, c.scope) for c in found.candidates}
+    assert settings == set(
+        itertools.product((0.002, 0.02, 0.3), ("parameter", "kernel"), ("global", "layer"))
+    )
+    for candidate in found.candidates:
         mask = fisher_mask_(
-            task.model, *fishers, ratio=candidate.ratio, remain_weight=candidate.remain_weight
+            task.model,
+            *fishers,
+            ratio=candidate.ratio,
+            remain_weight=candidate.remain_weight,
+            granularity=candidate.granularity,
+            scope=candidate.scope,
         )
         assert candidate.k == mask.k
         assert candidate.forget == accuracy(task.model, batches(task.test_forget, 64))
-        if candidate.forget <= 0.005:
-            assert candidate.remain == accuracy(task.model, batches(task.test_remain, 64))
-        else:
-            assert candidate.remain is None
+        assert candidate.remain == accuracy(task.model, batches(task.test_remain, 64))
         mask.undo_(task.model)
-    assert {c.remain is None for c in found} == {True, False}
+
+
+def test_search_finds_what_the_whole_grid_has(trained: Task) -> None:
+    forget_fisher, remain_fisher = (
+        fisher_diag(trained.model, batches(part, 128)) for part in (trained.forget, trained.remain)
+    )
+    fishers = forget_fisher, remain_fisher
+    found = search(trained, fishers)
+    best = 0.0
+    for granularity, scope, ratio, weight in itertools.product(
+        GRANULARITIES, SCOPES, RATIOS, REMAIN_WEIGHTS
+    ):
+        mask = fisher_mask_(
+            trained.model,
+            *fishers,
+            ratio=ratio,
+            remain_weight=weight,
+            granularity=granularity,
+            scope=scope,
+        )
+        if accuracy(trained.model, batches(trained.test_forget, 128)) <= 0.005:
+            best = max(best, accuracy(trained.model, batches(trained.test_remain, 128)))
+        mask.undo_(trained.model)
+    assert found.chosen.forget <= 0.005
+    assert best - 0.001 <= found.chosen.remain
+    # At a third of the price.
+    assert len(found.candidates) < found.grid / 2
+
+
+def fake_search(
+    monkeypatch: pytest.MonkeyPatch, forget: Callable[[float], float], **arguments: Any
+) -> Search:
+    """Search where the accuracies are functions of w: that of ``forget``, and 1 - 1 / (1 + w)."""
+    model = nn.Linear(1, 1, bias=False)
+    seen: list[float] = []
+
+    class Plan:
+        def apply_(self) -> Any:
+            return SimpleNamespace(k=1, undo_=lambda model: None)
+
+    def plan(*_: Any, remain_weight: float, **__: Any) -> list[Plan]:
+        seen.append(remain_weight)
+        return [Plan()]
+
+    def measured(_: nn.Module, part: list[Any]) -> float:
+        weight = seen[-1]
+        return forget(weight) if len(part) == 1 else 1 - 1 / (1 + weight)
+
+    monkeypatch.setattr(search_module, "plan_masks", plan)
+    monkeypatch.setattr(search_module, "accuracy", measured)
+    fisher: Any = SimpleNamespace(reduction="mean", samples=1)
+    batch = torch.zeros(1, 1), torch.zeros(1)
+    found = search_mask(
+        model, fisher, fisher, [batch], [batch] * 2, scopes=("global",), **arguments
+    )
+    assert sorted(c.remain_weight for c in found.candidates) == sorted(set(seen))
+    assert len(seen) == len(set(seen)), "nothing is measured twice"
+    return found
+
+
+def test_search_closes_in_on_the_largest_weight_that_forgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one: dict[str, Any] = {"ratios": (0.1,), "granularities": ("parameter",)}
+    found = fake_search(monkeypatch, lambda w: float(w > 7.1), **one)
+    # 6 of the grid forgets and 8 does not; three halvings of the logarithm between them.
+    assert 7.1 * (6 / 8) ** (1 / 8) <= found.chosen.remain_weight <= 7.1
+    assert len(found.candidates) <= 4 + 3 * 2
+    # Beyond the largest weight of the grid, where the tie rule stops it.
+    found = fake_search(monkeypatch, lambda w: 0.0, **one, tie=0.0)
+    assert found.chosen.remain_weight == 64 * 2**3
+
+
+def test_search_where_nothing_forgets_takes_the_best_trade_off(
+    task: Task, fishers: tuple[Any, Any]
+) -> None:
+    # No accuracy is below zero, so that no candidate qualifies and all of the grid is measured.
+    arguments: dict[str, Any] = {"ratios": (0.0, 0.0005, 0.02), "scopes": ("global",)}
+    found = search(task, fishers, **arguments, max_forget=-1.0)
+    assert len(found.candidates) >= found.grid
+    gains = [c.remain - c.forget for c in found.candidates]
+    assert found.chosen.remain - found.chosen.forget == max(gains)
 
 
 def test_search_restores_the_model_when_it_is_interrupted(
@@ -606,18 +704,8 @@ def test_search_restores_the_model_when_it_is_interrupted(
     assert same(state(task.model), before)
 
 
-def test_search_where_nothing_forgets_takes_the_best_trade_off(
-    task: Task, fishers: tuple[Any, Any]
-) -> None:
-    # No accuracy is below zero, so that no candidate qualifies.
-    found = search(task, fishers, ratios=(0.0, 0.0005, 0.02), max_forget=-1.0)
-    assert all(c.remain is not None for c in found)
-    gains = [(c.remain or 0.0) - c.forget for c in found]
-    assert [c.chosen for c in found].index(True) == gains.index(max(gains))
-
-
-def candidate(w: float, ratio: float, forget: float, remain: float | None) -> Candidate:
-    return Candidate(w, ratio, 1, forget, remain)
+def candidate(w: float, ratio: float, forget: float, remain: float) -> Candidate:
+    return Candidate(w, ratio, "parameter", "global", 1, forget, remain)
 
 
 @pytest.mark.parametrize(
@@ -635,8 +723,6 @@ def candidate(w: float, ratio: float, forget: float, remain: float | None) -> Ca
         ([(1, 0.1, 0.0, 0.9), (2, 0.1, 0.004, 0.902)], 1),
         # Nothing forgets: the largest difference.
         ([(1, 0.1, 0.5, 0.9), (2, 0.1, 0.1, 0.6), (3, 0.1, 0.9, 0.95)], 1),
-        # What was not measured is out.
-        ([(1, 0.1, 0.4, None), (2, 0.1, 0.0, 0.1)], 1),
     ],
 )
 def test_choice_of_the_search(candidates: list[Any], best: int) -> None:
@@ -645,12 +731,46 @@ def test_choice_of_the_search(candidates: list[Any], best: int) -> None:
     assert choose(made[::-1], 0.005, 0.001) is made[best]
 
 
-@pytest.mark.parametrize("grids", [{"ratios": ()}, {"remain_weights": ()}])
+def test_pareto_has_what_no_other_candidate_beats() -> None:
+    made = [
+        candidate(*values)
+        for values in [
+            (1, 0.1, 0.0, 0.5),
+            (2, 0.1, 0.0, 0.8),
+            (3, 0.1, 0.2, 0.8),
+            (4, 0.1, 0.3, 0.9),
+            (5, 0.1, 0.3, 0.9),
+            (6, 0.1, 0.4, 0.7),
+        ]
+    ]
+    assert pareto(made) == [made[1], made[3]]
+    for each in made:
+        beaten = any(
+            other.forget <= each.forget
+            and other.remain >= each.remain
+            and (other.forget, other.remain) != (each.forget, each.remain)
+            for other in made
+        )
+        same_as_one = any((c.forget, c.remain) == (each.forget, each.remain) for c in pareto(made))
+        assert beaten != same_as_one
+
+
+@pytest.mark.parametrize(
+    "grids", [{"ratios": ()}, {"remain_weights": ()}, {"granularities": ()}, {"scopes": ()}]
+)
 def test_search_rejects_empty_grids(
     task: Task, fishers: tuple[Any, Any], grids: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match="at least one value"):
         search(task, fishers, **grids)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf])
+def test_search_rejects_weights_without_a_logarithm(
+    task: Task, fishers: tuple[Any, Any], weight: float
+) -> None:
+    with pytest.raises(ValueError, match="remain_weights: expected positive finite numbers, got"):
+        search(task, fishers, remain_weights=(1.0, weight))
 
 
 def test_search_rejects_sums(task: Task, fishers: tuple[Any, Any]) -> None:
@@ -669,26 +789,27 @@ def test_auto_masks_by_the_chosen_candidate_of_held_out_training_images(
     scored: list[Tensor] = []
     held: list[Tensor] = []
 
-    def spy_fisher(model: nn.Module, data: Any, **arguments: Any) -> Any:
-        scored.append(torch.cat([inputs for inputs, _ in data]))
-        return fisher_diag(model, data, **arguments)
+    class Spy(Scores):
+        def fisher(self, model: nn.Module, dataset: Dataset[Any], **arguments: Any) -> Any:
+            scored.append(torch.cat([inputs for inputs, _ in batches(dataset, 64)]))
+            return super().fisher(model, dataset, **arguments)
 
     def spy_search(model: nn.Module, f: Any, r: Any, *sets: Any, **arguments: Any) -> Any:
         held.extend(torch.cat([inputs for inputs, _ in data]) for data in sets)
         return search_mask(model, f, r, *sets, **arguments, remain_weights=(1.0, 3.0))
 
-    monkeypatch.setattr(module, "fisher_diag", spy_fisher)
     monkeypatch.setattr(module, "search_mask", spy_search)
     original = copy.deepcopy(task.model)
+    arguments: dict[str, Any] = {"remain_weight": "auto", "ratio": 0.015, "epochs": 0}
     result = unlearn(
         task.model,
         task.forget,
         task.remain,
-        remain_weight="auto",
-        ratio=0.015,
-        epochs=0,
+        **arguments,
+        scope=half_of,
         test_forget=task.test_forget,
         test_remain=task.test_remain,
+        scores=Spy(),
     )
     # Scored and held-out images are together the training images, each once.
     for part, seen, kept in zip((task.forget, task.remain), scored, held, strict=True):
@@ -699,20 +820,50 @@ def test_auto_masks_by_the_chosen_candidate_of_held_out_training_images(
         assert partition
     chosen = result.chosen
     assert result.search is not None and chosen is not None
-    assert 0.015 in {c["ratio"] for c in result.search}
-    assert [c["chosen"] for c in result.search].count(True) == 1
+    assert chosen in result.search["candidates"]
+    # The ratio of the call is among the candidates; the scope of the call is the only one.
+    assert 0.015 in {c["ratio"] for c in result.search["candidates"]}
+    assert {c["scope"] for c in result.search["candidates"]} == {f"{__name__}:half_of"}
+    assert {c["granularity"] for c in result.search["candidates"]} == {"parameter", "kernel"}
+    json.dumps(result.search)
     assert result.mask is not None
-    assert (result.mask.ratio, result.mask.remain_weight, result.mask.k) == (
-        chosen["ratio"],
-        chosen["remain_weight"],
-        chosen["k"],
-    )
+    assert (
+        result.mask.ratio,
+        result.mask.remain_weight,
+        result.mask.k,
+        result.mask.granularity,
+    ) == (chosen["ratio"], chosen["remain_weight"], chosen["k"], chosen["granularity"])
     result.mask.undo_(task.model)
     assert same(state(task.model), state(original))
     assert result.config["remain_weight"] == "auto"
     # Test images make no difference.
-    again = unlearn(original, task.forget, task.remain, remain_weight="auto", ratio=0.015, epochs=0)
+    again = unlearn(original, task.forget, task.remain, **arguments, scope=half_of)
     assert again.search == result.search
+
+
+@pytest.mark.parametrize(
+    ("arguments", "granularities", "scopes"),
+    [
+        ({}, {"parameter", "kernel"}, {"global", "layer"}),
+        ({"granularity": "kernel"}, {"kernel"}, {"global", "layer"}),
+        ({"scope": "layer"}, {"parameter", "kernel"}, {"layer"}),
+        ({"options": {"search_granularities": ["parameter"]}}, {"parameter"}, {"global", "layer"}),
+        ({"options": {"search_scopes": ["global"]}}, {"parameter", "kernel"}, {"global"}),
+    ],
+)
+def test_the_search_leaves_alone_what_the_call_decides(
+    task: Task, arguments: dict[str, Any], granularities: set[str], scopes: set[str]
+) -> None:
+    result = unlearn(
+        task.model, task.forget, task.remain, remain_weight="auto", epochs=0, **arguments
+    )
+    assert result.search is not None
+    assert {c["granularity"] for c in result.search["candidates"]} == granularities
+    assert {c["scope"] for c in result.search["candidates"]} == scopes
+
+
+def half_of(name: str) -> bool:
+    return name < "5"
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from . import (  # noqa: F401
 )
 from .api import unlearn
 from .base import Edit, Job, Method, methods, register
+from .fisher_scores import batch_mean_fisher
 from .loop import EpochStats, train
 from .metrics import accuracy
 from .recipe import TrainRecipe
 from .result import EpochRecord, UnlearnResult
-from .search import Candidate, search_mask
+from .search import Candidate, Search, search_mask
 
 __all__ = [
     "Candidate",
@@ -37,9 +38,11 @@ __all__ = [
     "EpochStats",
     "Job",
     "Method",
+    "Search",
     "TrainRecipe",
     "UnlearnResult",
     "accuracy",
+    "batch_mean_fisher",
     "methods",
     "register",
     "search_mask",

@@ -19,6 +19,7 @@ from .metrics import accuracy, device_of, keeping_modes
 from .recipe import TrainRecipe, check_integer
 from .result import EpochRecord, UnlearnResult
 from .scores import Scores
+from .search import scope_name
 
 
 def unlearn(
@@ -64,9 +65,10 @@ def unlearn(
         method: a name in :func:`fastfisher.unlearning.methods`.
         options: hyper-parameters of the method's own, by name: the fields of its ``Options``.
         ratio: R, the fraction of units that a masking method zeroes.
-        remain_weight: w of the score, with Fishers averaged over samples; or "auto": w and R are
-            searched on a tenth of the training images, which the Fishers then do not see
-            (:func:`fastfisher.unlearning.search_mask`; ``ratio`` is one of the candidates).
+        remain_weight: w of the score, with Fishers averaged over samples; or "auto": w, R, unit and
+            scope are searched on training images that the Fishers then do not see
+            (:func:`fastfisher.unlearning.search_mask`). ``ratio`` is one of the candidates;
+            ``granularity`` and ``scope`` are searched where they are left at their defaults.
         granularity: as in :func:`fastfisher.fisher_mask_`; "random-mask" also takes "channel".
             Of "fisher-mask" and "random-mask"; a method that scores channels masks channels.
         exclude: as in :func:`fastfisher.fisher_mask_`.
@@ -184,12 +186,15 @@ def unlearn(
         )
     config = {
         "method": method,
-        "options": asdict(job.options),
+        "options": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(job.options).items()
+        },
         "ratio": ratio,
         "remain_weight": remain_weight,
         "granularity": granularity,
         "exclude": list(exclude),
-        "scope": scope if isinstance(scope, str) else _import_path(scope),
+        "scope": scope_name(scope),
         "epochs": run_epochs,
         "replay_epochs": schedule_epochs,
         "recipe": train_recipe.to_dict(),
@@ -247,12 +252,6 @@ def _check_sizes(datasets: dict[str, Dataset[Any] | None]) -> dict[str, int]:
         if sizes[name] == 0:
             raise ValueError(f"{argument}: expected at least one sample")
     return sizes
-
-
-def _import_path(function: object) -> str:
-    """``package.module:name`` of a function, or of the class of what can be called like one."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _timed_edit(method: Method, job: Job) -> tuple[Edit, float]:

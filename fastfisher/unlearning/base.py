@@ -65,12 +65,12 @@ class Edit:
     Attributes:
         model: the model to train and evaluate from here on; the job's own, except for "retrain".
         mask: which weights were zeroed, if any.
-        search: every candidate of a search on held-out training images, if there was one.
+        search: what a search on held-out training images found, if there was one, JSON-able.
     """
 
     model: nn.Module
     mask: Mask | None = None
-    search: list[dict[str, Any]] | None = None
+    search: dict[str, Any] | None = None
 
 
 class Method:

@@ -154,7 +154,7 @@ def unlearning_page(
         ),
         _curves(results),
         *(_masked(r, first=r is results[0]) for r in results if r.mask is not None),
-        *(_search(result) for result in results if result.search),
+        *(part for result in results if result.search for part in _search(result)),
         _every_epoch(results),
     ]
     return render(title, subtitle, _headline(results), sections, config, environment)
@@ -332,34 +332,57 @@ def _masked(result: UnlearnResult, *, first: bool) -> Section:
     return Section(title, f"{text}.", charts=charts, folded="" if first else "Show the shares")
 
 
-def _search(result: UnlearnResult) -> Section:
-    """Every candidate of the search for w and R, one row a weight and one column a ratio."""
-    assert result.search
-    by_place = {(c["remain_weight"], c["ratio"]): c for c in result.search}
+def _search(result: UnlearnResult) -> list[Section]:
+    """The search: all weights and ratios of the unit and scope that it chose, and the best of all.
+
+    One row a weight and one column a ratio; then the Pareto curve over every unit and scope.
+    """
+    search = result.search
+    assert search
+    chosen = search["chosen"]
+    by_place = {
+        (c["remain_weight"], c["ratio"]): c
+        for c in search["candidates"]
+        if (c["granularity"], c["scope"]) == (chosen["granularity"], chosen["scope"])
+    }
     weights = sorted({weight for weight, _ in by_place})
     ratios = sorted({ratio for _, ratio in by_place})
     rows = [
-        [
-            number(weight),
-            *(
-                f"{_share(c['forget'])} / {_share(c['remain'])}"
-                for c in (by_place[weight, ratio] for ratio in ratios)
-            ),
-        ]
+        [number(weight), *(_pair(by_place.get((weight, ratio))) for ratio in ratios)]
         for weight in weights
     ]
-    chosen = {
-        (weights.index(c["remain_weight"]), 1 + ratios.index(c["ratio"])): "chosen"
-        for c in result.search
-        if c["chosen"]
-    }
-    return Section(
-        f"Search for the remain weight w and the ratio R: {result.method}",
-        "Forget / remain accuracy right after masking, on training samples that the Fishers have "
-        "not seen; no remain accuracy where the forget accuracy rules a pair out. The pair in the "
-        "frame was chosen. Test samples take no part.",
-        Table(["w", *(f"R = {number(ratio)}" for ratio in ratios)], rows, chosen),
-    )
+    place = weights.index(chosen["remain_weight"]), 1 + ratios.index(chosen["ratio"])
+    curve = [
+        [
+            *(number(c[key]) for key in ("remain_weight", "ratio")),
+            *(c[key] for key in ("granularity", "scope")),
+            *(_share(c[key]) for key in ("forget", "remain")),
+        ]
+        for c in search["pareto"]
+    ]
+    return [
+        Section(
+            f"Search for the remain weight w and the ratio R: {result.method}",
+            "Forget / remain accuracy right after masking, on training samples that the Fishers "
+            f"have not seen ({search['held_forget']:,} and {search['held_remain']:,}). "
+            f"{len(search['candidates']):,} masks were tried, on a grid of {search['grid']:,} and "
+            "between its weights; shown are those of the unit and the scope that were chosen: "
+            f"{chosen['granularity']}, {chosen['scope']}. The pair in the frame was chosen. Test "
+            "samples take no part.",
+            Table(["w", *(f"R = {number(ratio)}" for ratio in ratios)], rows, {place: "chosen"}),
+        ),
+        Section(
+            f"What can be had by masking alone: {result.method}",
+            "The masks that no other one beats in both accuracies, on the same samples.",
+            Table(["w", "R", "unit", "scope", "forget", "remain"], curve),
+        ),
+    ]
+
+
+def _pair(candidate: Mapping[str, Any] | None) -> str:
+    if candidate is None:
+        return NONE
+    return f"{_share(candidate['forget'])} / {_share(candidate['remain'])}"
 
 
 def _every_epoch(results: Sequence[UnlearnResult]) -> Section:

@@ -16,7 +16,7 @@ from ..runs import WEIGHTS, load_weights, save_weights, write_json
 
 RESULT = "result.json"
 MASK = "mask.safetensors"
-_FORMAT = "fastfisher.unlearn/1"
+_FORMAT = "fastfisher.unlearn/2"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class UnlearnResult:
         history: one record per stage, in order of time.
         model: the model at the end; ``None`` if the result was loaded without one.
         mask: which weights were zeroed; ``None`` for a method that masks nothing.
-        search: every candidate (w, R) of ``remain_weight="auto"`` with its held-out accuracies;
-            see :class:`fastfisher.unlearning.search.Candidate`.
+        search: of ``remain_weight="auto"``: every candidate with its held-out accuracies, the
+            Pareto curve and the choice; the fields of :class:`fastfisher.unlearning.Search`.
     """
 
     method: str
@@ -66,12 +66,12 @@ class UnlearnResult:
     history: list[EpochRecord]
     model: nn.Module | None
     mask: Mask | None = None
-    search: list[dict[str, Any]] | None = None
+    search: dict[str, Any] | None = None
 
     @property
     def chosen(self) -> dict[str, Any] | None:
         """The candidate that the search chose, if there was one."""
-        return next((c for c in self.search or [] if c["chosen"]), None)
+        return None if self.search is None else self.search["chosen"]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON-able values."""

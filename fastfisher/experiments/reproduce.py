@@ -136,12 +136,13 @@ def _row(row: Row, setting: Setting) -> dict[str, Any]:
 
 
 def _reference(row: Row, planned: Plan, setting: Setting) -> dict[str, Any]:
-    """A retrained model as a row: measured beside the other ones of its kind."""
+    """A retrained model as a row: measured beside the other ones of its kind and data."""
     found = setting.result(row.task)
     of_kind = [
         each
         for each in planned.references
         if (each.experiment, each.setting) == (row.experiment, row.setting)
+        and each.task.params["noise_seed"] == row.task.params["noise_seed"]
     ]
     outputs = {
         each.task.key: measure.load_outputs(setting.of(each.task) / OUTPUTS) for each in of_kind

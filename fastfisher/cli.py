@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
@@ -169,6 +170,15 @@ def parser() -> argparse.ArgumentParser:
         default=["fisher-mask"],
         metavar="NAME[,NAME...]",
         help=f"one or more of {known}; several are compared in one report (default fisher-mask)",
+    )
+    unlearn.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="a hyper-parameter of a method's own, such as fisher-mask.definition=authors or "
+        "ssd.alpha=5; may be given again",
     )
     unlearn.add_argument(
         "--ratio",
@@ -431,6 +441,18 @@ def _methods(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"a method is named twice: {text!r}")
     return names
+
+
+def _option(text: str) -> tuple[str, str, object]:
+    """A method, the name of one of its options, and its value: JSON, or else a string."""
+    match = re.fullmatch(r"([a-z0-9-]+)\.([a-z_0-9]+)=(.+)", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected METHOD.NAME=VALUE, got {text!r}")
+    try:
+        value = json.loads(match[3])
+    except ValueError:
+        value = match[3]
+    return match[1], match[2], value
 
 
 def _schedule(text: str) -> dict[str, object]:

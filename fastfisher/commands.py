@@ -36,7 +36,7 @@ from .runs import (
     save_weights,
     write_json,
 )
-from .unlearning import EpochRecord, EpochStats, TrainRecipe, UnlearnResult, accuracy
+from .unlearning import EpochRecord, EpochStats, TrainRecipe, UnlearnResult, accuracy, methods
 from .unlearning import train as train_model
 from .unlearning import unlearn as unlearn_model
 from .unlearning.metrics import device_of, evaluating
@@ -188,6 +188,7 @@ def unlearn(args: argparse.Namespace) -> Outcome:
     out = _out_in_run(args, source, "unlearn")
     split = _split(source.bundle, args.forget_class, args.forget_indices)
     scope = _scope(args.scope)
+    own_options = _own_options(args.option, args.method)
     recipe = _recipe(
         source.config.get("recipe") or TrainRecipe().to_dict(), args, args.train_epochs
     )
@@ -201,6 +202,7 @@ def unlearn(args: argparse.Namespace) -> Outcome:
             source,
             split,
             args.method,
+            own_options=own_options,
             recipe=recipe,
             ratio=args.ratio,
             remain_weight=args.remain_weight,
@@ -366,6 +368,7 @@ def _unlearn_into(
     """
     trained = source.trained()
     results = []
+    own_options = options.pop("own_options", {})
     for method in methods:
 
         def on_epoch(record: EpochRecord, method: str = method) -> None:
@@ -376,6 +379,7 @@ def _unlearn_into(
             split.forget,
             split.remain,
             method=method,
+            options=own_options.get(method),
             recipe=recipe,
             seed=seed,
             test_forget=split.test_forget,
@@ -402,8 +406,9 @@ def _unlearn_into(
             "unlearning": {
                 key: value
                 for key, value in results[0].config.items()
-                if key not in ("method", "recipe")
-            }
+                if key not in ("method", "options", "recipe")
+            },
+            "options": {result.method: result.config["options"] for result in results},
         },
         environment=config["environment"],
     )
@@ -467,6 +472,23 @@ def _config(args: argparse.Namespace, kind: str, **fields: Any) -> dict[str, Any
         **fields,
         "environment": diagnosis.environment(),
     }
+
+
+def _own_options(
+    given: Sequence[tuple[str, str, Any]], chosen: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters by method, checked."""
+    by_method: dict[str, dict[str, Any]] = {}
+    for method, name, value in given:
+        if method not in chosen:
+            raise UsageError(f"--option {method}.{name}: {method!r} is not among --method")
+        by_method.setdefault(method, {})[name] = value
+    for method, values in by_method.items():
+        try:
+            methods()[method].options(values)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--option {method}: {error}") from error
+    return by_method
 
 
 def _data_config(args: argparse.Namespace) -> dict[str, Any]:

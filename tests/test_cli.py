@@ -262,6 +262,41 @@ def test_score_writes_and_sums_up_both_fishers(run: Path, call: Callable[..., An
         assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
 
 
+def test_options_of_a_method_reach_it(run: Path, call: Callable[..., Any]) -> None:
+    call(
+        "unlearn", "--run", run, "--method", "ssd,fisher-mask", "--forget-class", 1, "--epochs", 0,
+        "--option", "ssd.alpha=3.5", "--option", "fisher-mask.definition=paper",
+    )  # fmt: skip
+    out = run / "unlearn"
+    options = [
+        json.loads((folder / "result.json").read_text())["config"]["options"]
+        for folder in (out, out / "fisher-mask")
+    ]
+    assert options[0]["alpha"] == 3.5
+    assert options[1]["definition"] == "paper"
+    assert "3.5" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("alpha=3", "expected METHOD.NAME=VALUE, got 'alpha=3'"),
+        ("salun.lr=1", "'salun' is not among --method"),
+        ("ssd.beta=1", "options: 'ssd' has no 'beta', only ['alpha', 'dampening', 'definition']"),
+        ("ssd.alpha=-1", "options.alpha: must be"),
+        ("ssd.alpha=high", "options.alpha: expected a number, got 'high'"),
+    ],
+)
+def test_a_bad_option_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    before = tree(run)
+    command = ["unlearn", "--run", str(run), "--forget-class", "1", "--method", "ssd"]
+    assert main([*command, "--option", option]) == 2
+    assert message in capsys.readouterr().err
+    assert tree(run) == before
+
+
 def test_unlearn_compares_methods_in_one_report(run: Path, call: Callable[..., Any]) -> None:
     before = tree(run)
     document = call(

@@ -192,8 +192,8 @@ def parser() -> argparse.ArgumentParser:
         type=_weight,
         default=1.0,
         metavar="W",
-        help="w of the score F_f - w F_r, or `auto`: searched with R on held-out training images "
-        "(default 1)",
+        help="w of the score F_f - w F_r, or `auto`: searched on held-out training images with "
+        "R, and with granularity and scope where they are left at their defaults (default 1)",
     )
     unlearn.add_argument(
         "--granularity",

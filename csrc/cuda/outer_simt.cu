@@ -118,17 +118,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     }
   };
 
-  // A warp has 8 x 4 threads: it reads 8 and 4 vectors of a row, in one go each.
+  // A warp has 8 x 4 threads: it reads 8 and 4 vectors of a row. Neighbours read the same row, and
+  // lanes two apart the same column: shared memory serves such pairs at once, 16 lanes in one go.
   constexpr int kWarpsAcross = Tile::kAcross / 8;
-  const int warp = thread / 32;
-  const int across = thread % 8 + 8 * (warp % kWarpsAcross);
-  const int down = thread % 32 / 8 + 4 * (warp / kWarpsAcross);
+  const int warp = thread / 32, in_warp = thread % 32;
+  const int across = in_warp % 2 + in_warp / 4 % 4 * 2 + 8 * (warp % kWarpsAcross);
+  const int down = in_warp / 2 % 2 + in_warp / 16 * 2 + 4 * (warp / kWarpsAcross);
   constexpr int kDown = Tile::kThreads / Tile::kAcross;
   constexpr int kRowVectors = Tile::kRows / kLanes;
   constexpr int kColumnVectors = Tile::kColumns / kLanes;
 
   T sum[Tile::kRows][Tile::kColumns] = {};
   T product[Tile::kRows][Tile::kColumns] = {};
+  const auto for_all = [](const auto& each) {
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) each(r, c);
+    }
+  };
   int stage = 0;
   copy_step(stage);
   for (int64_t left = samples; left > 0; --left) {
@@ -166,14 +174,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
       }
       stage ^= 1;
     }
-#pragma unroll
-    for (int r = 0; r < Tile::kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < Tile::kColumns; ++c) {
-        sum[r][c] += product[r][c] * (p.absolute ? copysign(T{1}, product[r][c]) : product[r][c]);
-        product[r][c] = 0;
-      }
+    // Not a choice for each product, which would take as long as squaring it.
+    if (p.absolute) {
+      for_all([&](int r, int c) { sum[r][c] += fabs(product[r][c]); });
+    } else {
+      for_all([&](int r, int c) { sum[r][c] = fma(product[r][c], product[r][c], sum[r][c]); });
     }
+    for_all([&](int r, int c) { product[r][c] = 0; });
   }
 
 #pragma unroll

@@ -62,6 +62,26 @@ class Access:
         return (self.address[self.mask] - begin)[:, None] + np.arange(self.size)
 
 
+def wavefronts(access: Access) -> list[int]:
+    """Cycles that shared memory takes to serve each warp of a load in which all lanes take part.
+
+    It returns a register a lane and cycle, so 16 bytes a lane take four; two, where all
+    neighbouring lanes, or all lanes two apart, read the same (NVIDIA's developer forum, topic
+    77228). Of what a cycle serves, each bank can give one word: others wait.
+
+    Args:
+        access: aligned, of 4, 8 or 16 bytes a thread; whole warps.
+    """
+    words = access.size // 4
+    found = []
+    for warp in access.address.reshape(-1, 32):
+        paired = any(np.array_equal(warp, warp[np.arange(32) ^ distance]) for distance in (1, 2))
+        pieces = warp.reshape(2 if words == 4 and paired else words, -1, 1)
+        asked = (np.unique(piece // 4 + np.arange(words)) for piece in pieces)
+        found.append(sum(int(np.bincount(word % 32).max()) for word in asked))
+    return found
+
+
 class Clock:
     """What orders the threads of the block that runs."""
 

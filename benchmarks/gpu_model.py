@@ -56,6 +56,7 @@ class Device:
             have other instructions for the whole peak, which these kernels do not use.
         dram: bytes/s.
         l2: bytes/s. ASSUMED: data sheets do not say.
+        l2_size: bytes.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Device:
     mma: float
     dram: float
     l2: float
+    l2_size: float
 
     @property
     def clock(self) -> float:
@@ -85,11 +87,11 @@ class Device:
 
 DEVICES = (
     # NVIDIA A100 data sheet, SXM4 80 GB.
-    Device("A100", 80, 108, 64, 19.5e12, 156e12, 312e12, 1.0, 2.039e12, 5e12),
+    Device("A100", 80, 108, 64, 19.5e12, 156e12, 312e12, 1.0, 2.039e12, 5e12, 40e6),
     # NVIDIA H100 data sheet, SXM5; tensor peaks are half of those with sparsity.
-    Device("H100", 90, 132, 128, 66.9e12, 494.7e12, 989.4e12, 0.62, 3.35e12, 7e12),
+    Device("H100", 90, 132, 128, 66.9e12, 494.7e12, 989.4e12, 0.62, 3.35e12, 7e12, 50e6),
     # NVIDIA HGX B200 data sheet, an eighth of eight; tensor peaks are half of those with sparsity.
-    Device("B200", 100, 148, 128, 75e12, 1.1e15, 2.25e15, 0.3, 8e12, 10e12),
+    Device("B200", 100, 148, 128, 75e12, 1.1e15, 2.25e15, 0.3, 8e12, 10e12, 126e6),
 )
 
 
@@ -174,18 +176,17 @@ class Cost:
         )
 
 
-def tile_of(kernel: str) -> int:
-    """Side of the square tile that a block computes.
+def tile_of(kernel: str) -> tuple[int, int]:
+    """Rows and columns of the tile that a block computes.
 
     Raises:
         ValueError: the kernel is none that is modelled.
     """
-    found = re.match(r"outer_simt<Tile<float, (\d+),", kernel) or re.match(
-        r"outer_mma<\w+, \w+, (\d+)>", kernel
-    )
-    if found is None:
-        raise ValueError(f"{kernel} is not modelled")
-    return int(found[1])
+    if found := re.match(r"outer_simt<Tile<float, (\d+), (\d+),", kernel):
+        return int(found[1]), int(found[2])
+    if found := re.match(r"outer_mma<\w+, \w+, (\d+)>", kernel):
+        return int(found[1]), int(found[1])
+    raise ValueError(f"{kernel} is not modelled")
 
 
 def step_positions() -> int:
@@ -212,7 +213,7 @@ def cost_of_block(kernel: Kernel, precision: str, samples: int, positions: int) 
         _, step, sample, rest = usual
         # Its products read shared memory in pairs; test_gpu_model.py looks at the addresses.
         inner = Cost.of(kernel.ways[0]["usual"], paired=True)
-        at_once = inner.float32 * 32 * warps / tile_of(kernel.name) ** 2
+        at_once = inner.float32 * 32 * warps / math.prod(tile_of(kernel.name))
         a_sample = (
             inner.times(math.ceil(positions / at_once))
             + step.times(math.ceil(positions / step_positions()))
@@ -220,9 +221,12 @@ def cost_of_block(kernel: Kernel, precision: str, samples: int, positions: int) 
         )
     else:
         step, rest = usual
-        at_once = step.tensor * _PRODUCTS[precision] * warps / tile_of(kernel.name) ** 2
+        at_once = step.tensor * _PRODUCTS[precision] * warps / math.prod(tile_of(kernel.name))
         end = Cost.of(kernel.ways[0]["fullest"]) + step.times(-1)
         a_sample = step.times(math.ceil(positions / at_once)) + end
+        if 0 < positions % at_once <= at_once / 2:
+            # Half of the last step's products is left out; its copies are not.
+            a_sample += Cost(issued=step.tensor, tensor=step.tensor).times(-0.5)
     return a_sample.times(samples) + rest
 
 
@@ -298,7 +302,7 @@ def model(
     """
     launch, *adding = launches
     kernel = kernels[launch.kernel]
-    tile, element = tile_of(kernel.name), shapes.PRECISIONS[precision].itemsize
+    tile, element = sum(tile_of(kernel.name)), shapes.PRECISIONS[precision].itemsize
     splits = launch.grid[1]
     samples, positions = math.ceil(shape.samples / splits), positions_of(shape)
     one = cost_of_block(kernel, precision, samples, positions)
@@ -308,25 +312,28 @@ def model(
     )
     # The last wave may leave multiprocessors idle: the busiest one has the rounded-up share.
     turns = math.ceil(launch.blocks / device.multiprocessors)
-    # Each scheduler has its own quarter of the lanes and of the tensor cores.
-    schedulers = min(SCHEDULERS, warps * min(turns, resident))
+    # A scheduler has a quarter of the lanes and of the tensor cores, and whole warps.
+    warps_each = math.ceil(turns * warps / SCHEDULERS)
     products = _PRODUCTS.get(precision, 0)
     rate = device.reached(precision) / 2 / device.multiprocessors / device.clock
     cycles = {
-        "issue": one.issued / schedulers,
-        "FFMA": one.float32 / (device.lanes / 32) * SCHEDULERS / schedulers,
-        "tensor cores": one.tensor * products / rate * SCHEDULERS / schedulers,
-        "shared memory": one.shared,
+        "issue": warps_each * one.issued,
+        "FFMA": warps_each * one.float32 / (device.lanes / 32 / SCHEDULERS),
+        "tensor cores": warps_each * one.tensor * products / (rate / SCHEDULERS),
+        "shared memory": turns * warps * one.shared,
     }
     outs = 4 * entries_of(shape)
     blocks = launch.blocks
-    l2 = blocks * samples * positions * 2 * tile * element + 2 * outs
-    seconds = {name: value * warps * turns / device.clock for name, value in cycles.items()}
+    l2 = blocks * samples * positions * tile * element + 2 * outs
+    seconds = {name: value / device.clock for name, value in cycles.items()}
     seconds["L2"] = l2 / device.l2
     seconds["DRAM"] = (shape.traffic(element) + (splits > 1) * splits * outs) / device.dram
     bound = max(seconds, key=seconds.__getitem__)
-    # The second kernel reads every split's sums, and adds to out.
-    second = ((splits * outs + 2 * outs) / device.dram) if adding else 0.0
+    # The second kernel reads every split's sums, just written, and adds to out. ASSUMED: what takes
+    # no more than half of L2 is still there.
+    workspace = splits * outs
+    rate = device.l2 if workspace <= device.l2_size / 2 else device.dram
+    second = workspace / rate + 2 * outs / device.dram if adding else 0.0
     floor = max(shape.operations / device.peak(precision), shape.traffic(element) / device.dram)
     return Modelled(
         kernel.name,
@@ -422,6 +429,7 @@ def page(rows: Sequence[Row]) -> str:
                 "mma.sync, assumed",
                 "DRAM TB/s",
                 "L2 TB/s, assumed",
+                "L2 MB",
             ),
             (
                 (
@@ -434,6 +442,7 @@ def page(rows: Sequence[Row]) -> str:
                     f"{100 * d.mma:.0f}%",
                     f"{d.dram / 1e12:.2f}",
                     f"{d.l2 / 1e12:.0f}",
+                    f"{d.l2_size / 1e6:.0f}",
                 )
                 for d in DEVICES
             ),
@@ -472,11 +481,12 @@ The kernel's time comes from its machine code. The launcher decides on the tile,
 splits, as it would on a device; the emulator notes that. `nvdisasm` gives the instructions of the
 hot loop, of the loops around it and of the rest, on the way that a full tile takes through the
 branches, and the shape gives how often each runs. Per multiprocessor the slowest counts:
-instructions issued (four a cycle), float32 arithmetic, tensor-core products (all three less with
-fewer than four warps: each scheduler has a quarter of the lanes and of the tensor cores), and
-shared memory. Blocks are dealt out evenly, and the busiest multiprocessor decides: that is the
-tail. L2 and DRAM are bounds of the whole device. Where samples are split, the sums' way through
-memory is added.
+instructions issued, float32 arithmetic and tensor-core products, each by the scheduler that has
+most warps (there are four, with a quarter of the lanes and of the tensor cores each), and shared
+memory. Blocks are dealt out evenly, and the busiest multiprocessor decides: that is the tail. L2
+and DRAM are bounds of the whole device. Where samples are split, writing their sums
+counts as DRAM's work, and reading them is added: at the rate of L2 if they take at most half of it
+(assumed: they were written last), else of DRAM.
 
 Shared memory returns 128 bytes a cycle, a register of a warp: a wavefront. Loads of 16 bytes a lane
 take four; or two, where all neighbouring lanes, or all lanes two apart, read the same, as

@@ -21,7 +21,7 @@ from .emulation.ptx_memory import Access, Bytes, Ints, SharedMemory, wavefronts
 from .emulation.sass import Kernel, parse, ways
 
 A100 = DEVICES[0]
-NAME = "outer_simt<Tile<float, 128, 8, 8, 1>, true>"
+NAME = "outer_simt<Tile<float, 128, 128, 8, 8, 1>, true>"
 WAYS = [
     {"FFMA": 256, "LDS.128": 16, "ISETP": 8},
     {"LDGSTS.E.BYPASS.128": 4, "IADD3": 26},

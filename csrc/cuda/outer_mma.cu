@@ -115,9 +115,11 @@ __global__ void __launch_bounds__(2 * tile)
   Feature* const g_table = reinterpret_cast<Feature*>(shared + stages * 2 * Memory::bytes);
   Feature* const x_table = g_table + Memory::slot(tile);
 
-  const int64_t row_tile = blockIdx.x % task.row_tiles;
-  const int64_t column_tile = blockIdx.x / task.row_tiles % task.column_tiles;
-  const int64_t group = blockIdx.x / task.row_tiles / task.column_tiles;
+  const auto row_tiles = static_cast<unsigned>(task.row_tiles);
+  const auto column_tiles = static_cast<unsigned>(task.column_tiles);
+  const int64_t row_tile = blockIdx.x % row_tiles;
+  const int64_t column_tile = blockIdx.x / row_tiles % column_tiles;
+  const int64_t group = blockIdx.x / row_tiles / column_tiles;
   const int64_t split = blockIdx.y;
   if (threadIdx.x < tile) {
     const int row = static_cast<int>(threadIdx.x);
@@ -233,22 +235,22 @@ __global__ void __launch_bounds__(2 * tile)
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const bool splits = task.splits > 1;
-  const int64_t row_stride = splits ? task.matrix_columns : task.problem.out_stride[0];
-  const auto alpha = static_cast<float>(task.alpha);
 #pragma unroll
-  for (int j = 0; j < Operands::column_fragments * 2; ++j) {
-    const int64_t column = column_tile * tile + first_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
+  for (int j = 0; j < Operands::column_fragments; ++j) {
+    const int column = static_cast<int>(column_tile) * tile + first_column + j * 8 + lane % 4 * 2;
     if (column >= task.matrix_columns) continue;
-    float* const to =
-        splits ? static_cast<float*>(task.workspace) + split * task.entries + column
-               : static_cast<float*>(task.out) + tap_offset(task, static_cast<int>(column));
+    const OutColumns<2, float> out(task, column);
 #pragma unroll
     for (int i = 0; i < Operands::row_fragments * 2; ++i) {
       const int64_t row = row_tile * tile + first_row + Operands::row_at(i / 2, i % 2, lane / 4);
       if (row >= task.problem.rows) continue;
-      float& entry = to[(group * task.problem.rows + row) * row_stride];
-      const float value = sum[i / 2][j / 2][i % 2 * 2 + j % 2];
-      entry = splits ? value : entry + alpha * value;
+      const float* const sums = &sum[i / 2][j][i % 2 * 2];
+      const int64_t group_row = group * task.problem.rows + row;
+      if (splits) {
+        put_in_workspace<2>(task, split, group_row, column, sums);
+      } else {
+        out.add(group_row, sums);
+      }
     }
   }
 }

@@ -15,18 +15,22 @@ using Launcher = int (*)(const OuterTask*, void*);
 Launcher plan(OuterTask& task, ScalarType operands, int64_t out_bytes, bool allow_tf32) {
   if (operands == ScalarType::Double) {
     if (plan_depthwise(task, out_bytes)) return ff_outer_depthwise_double;
-    plan_outer(task, kSimtDoubleTiles, out_bytes);
+    plan_outer(task, kSimtDoubleTiles, kSimtDoubleKernel, out_bytes);
     return ff_outer_simt_double;
   }
   if (plan_depthwise(task, out_bytes)) {
     return operands == ScalarType::Float ? ff_outer_depthwise_float : ff_outer_depthwise_bfloat16;
   }
   if (operands == ScalarType::Float && !allow_tf32) {
-    plan_outer(task, kSimtTiles, out_bytes);
+    plan_outer(task, kSimtTiles, kSimtKernel, out_bytes);
     return ff_outer_simt_float;
   }
-  plan_outer(task, kMmaTiles, out_bytes);
-  return operands == ScalarType::Float ? ff_outer_mma_tf32 : ff_outer_mma_bfloat16;
+  if (operands == ScalarType::Float) {
+    plan_outer(task, kMmaTiles, kMmaTf32Kernel, out_bytes);
+    return ff_outer_mma_tf32;
+  }
+  plan_outer(task, kMmaTiles, kMmaBfloat16Kernel, out_bytes);
+  return ff_outer_mma_bfloat16;
 }
 
 // Returns a cudaError_t.

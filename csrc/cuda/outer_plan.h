@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "../outer_shape.h"
 
@@ -17,6 +18,15 @@ struct OuterTile {
   int threads;
   // Time of a multiply-add in a full tile, relative to the kernel's best tile.
   double cost;
+};
+
+// What the plan knows of a kernel.
+struct OuterKernel {
+  int element;  // bytes of an operand's
+  int step;     // positions are multiplied by so many
+  // Time of a sample's end, and of a block's begin and end, as if they were so many positions.
+  double sample, block;
+  double rate;  // multiply-adds a cycle of a multiprocessor
 };
 
 // What a launcher is given.
@@ -49,24 +59,31 @@ struct OuterTask {
   int64_t workspace_elements() const { return splits > 1 ? splits * entries : 0; }
 };
 
-// Threads that keep a device busy, and positions that a split should have for its sums to cost
-// little.
+// The devices that a plan is made for, whatever the one it runs on: their multiprocessors (of the
+// A100, the H100 and the B200), and bytes that each has of memory and of L2 in a cycle. For kernels
+// whose blocks are no tiles: threads that keep a device busy, and positions that a split should
+// have for its sums to cost little.
 #if defined(FASTFISHER_EMULATED) && !defined(FASTFISHER_PLAN_FOR_DEVICE)
 // Of a device so small that shapes quick to emulate come to every tile and to splits.
+constexpr int kMultiprocessors[] = {2};
 constexpr int64_t kBusyThreads = 512;
 constexpr int64_t kSplitPositions = 16;
 constexpr int64_t kWavePositions = 64;
 #else
-// About 128 multiprocessors with 256 each.
+constexpr int kMultiprocessors[] = {108, 132, 148};
 constexpr int64_t kBusyThreads = 1 << 15;
 constexpr int64_t kSplitPositions = 256;
 constexpr int64_t kWavePositions = 256;
 #endif
 // So many times as many are launched, for the last ones to end together, where a split still has
-// kWavePositions. By the model of docs/performance/gpu.md, four times as many would make VGG16 on
-// an A100 1.60 of its floor instead of 1.31 in float32, and 3.49 instead of 4.23 in bfloat16.
+// kWavePositions.
 constexpr int64_t kWaves = 4;
+constexpr double kMemoryBytes = 13, kCacheBytes = 30;
+// More blocks for each multiprocessor are not tried: the last ones then hardly matter.
+constexpr int64_t kMostTurns = 32;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
+// What is still in L2 when it is read: half of the smallest L2 of the devices above.
+constexpr int64_t kCachedWorkspaceBytes = int64_t{20} << 20;
 // What the kernels count within a sample in 32 bits stays below, so that sums of two do not
 // overflow.
 constexpr int64_t kCounterLimit = int64_t{1} << 30;
@@ -152,36 +169,65 @@ inline void split_samples(OuterTask& task, int64_t blocks, int64_t threads, int6
   task.splits = ceil_div(p.samples, task.split_samples);
 }
 
-// Chooses a tile, then the splits. Neither samples nor sizes may be zero.
+// Cycles that a task takes on `multiprocessors`, times their number. The busiest one counts, and of
+// its four schedulers the one with most warps.
+inline double outer_time(const OuterTask& task, const OuterKernel& kernel, const OuterTile& tile,
+                         int64_t multiprocessors, int64_t out_bytes) {
+  const int64_t blocks = task.blocks() * task.splits;
+  const auto samples = double(task.split_samples);
+  const double area = double(tile.rows) * tile.columns;
+  const double positions = double(ceil_div(task.positions, kernel.step) * kernel.step);
+  const double block =
+      (samples * (positions + kernel.sample) + kernel.block) * area * tile.cost / kernel.rate;
+  const int64_t turns = ceil_div(blocks, multiprocessors), warps = tile.threads / 32;
+  const double computed =
+      double(multiprocessors * ceil_div(turns * warps, 4)) * 4 / double(warps) * block;
+  const double copied = double(blocks) * samples * double(task.positions) *
+                        (tile.rows + tile.columns) * kernel.element / kCacheBytes;
+  // Writing the sums of a split goes on beside others' arithmetic; reading them is a kernel of its
+  // own.
+  const int64_t workspace = task.workspace_elements() * out_bytes;
+  const double moved =
+      double(workspace) / (workspace <= kCachedWorkspaceBytes ? kCacheBytes : kMemoryBytes);
+  return std::max(computed, copied) + moved;
+}
+
+// Chooses a tile and the splits that take least on all of kMultiprocessors together. Neither
+// samples nor sizes may be zero.
 template <size_t count>
-void plan_outer(OuterTask& task, const OuterTile (&tiles)[count], int64_t out_bytes) {
+void plan_outer(OuterTask& task, const OuterTile (&tiles)[count], const OuterKernel& kernel,
+                int64_t out_bytes) {
   const Problem& p = task.problem;
-  const int64_t worth = ceil_div(p.samples * task.positions, kSplitPositions);
-  double best = 0;
+  const int64_t room = kWorkspaceBytes / (task.entries * out_bytes);
+  const int64_t most = std::max<int64_t>(std::min({p.samples, room, kGridLimit}), 1);
+  double best = std::numeric_limits<double>::infinity();
+  OuterTask tried = task;
   for (size_t i = 0; i < count; ++i) {
-    const OuterTile& tile = tiles[i];
-    const int64_t row_tiles = ceil_div(p.rows, tile.rows);
-    const int64_t column_tiles = ceil_div(task.matrix_columns, tile.columns);
-    const int64_t blocks = p.groups * row_tiles * column_tiles * std::min(p.samples, worth);
-    const double busy = std::min(1.0, double(blocks) * tile.threads / kBusyThreads);
-    const double time =
-        double(row_tiles * column_tiles) * tile.rows * tile.columns * tile.cost / busy;
-    if (i == 0 || time < best) {
-      best = time;
-      task.tile = int(i);
-      task.row_tiles = row_tiles;
-      task.column_tiles = column_tiles;
+    tried.tile = int(i);
+    tried.row_tiles = ceil_div(p.rows, tiles[i].rows);
+    tried.column_tiles = ceil_div(task.matrix_columns, tiles[i].columns);
+    for (int64_t splits = 1;; splits = std::min(splits + splits / 8 + 1, most)) {
+      tried.split_samples = ceil_div(p.samples, splits);
+      tried.splits = ceil_div(p.samples, tried.split_samples);
+      double time = 0;
+      for (const int64_t multiprocessors : kMultiprocessors) {
+        time += outer_time(tried, kernel, tiles[i], multiprocessors, out_bytes);
+      }
+      if (time < best) {
+        best = time;
+        task = tried;
+      }
+      if (splits == most || tried.blocks() * splits > kMostTurns * kMultiprocessors[0]) break;
     }
   }
-  split_samples(task, task.blocks(), tiles[task.tile].threads, out_bytes);
 }
 
 // The kernel for groups of few rows and columns: a thread has so many columns of a row.
 constexpr int kDepthwiseColumns = 9;
 constexpr int kDepthwiseThreads = 128;
 // Time of its multiply-adds and of those of a small tile, relative to the best tile.
-constexpr double kDepthwiseCost = 8;
-constexpr OuterTile kSmallestTile{32, 32, 64, 1.5};
+constexpr double kDepthwiseCost = 6.7;
+constexpr OuterTile kSmallestTile{32, 32, 64, 1.25};
 
 // Neighbouring groups that a warp has. Where positions are not what neighbours in memory, groups
 // are; and where there are few positions they leave lanes to other groups.

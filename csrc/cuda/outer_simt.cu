@@ -16,21 +16,24 @@ namespace {
 constexpr int kSteps = 16;
 constexpr int kUnrolled = 4;
 
-// A square tile of `side`, of which a thread has kRows x kColumns.
-template <typename Number, int side, int thread_rows, int thread_columns, int blocks_per_unit>
+// A tile of `rows` x `columns`, of which a thread has kRows x kColumns.
+template <typename Number, int rows, int columns, int thread_rows, int thread_columns,
+          int blocks_per_unit>
 struct Tile {
   using T = Number;
-  static constexpr int kSide = side, kRows = thread_rows, kColumns = thread_columns;
-  static constexpr int kAcross = side / thread_columns;
-  static constexpr int kThreads = kAcross * (side / thread_rows);
+  static constexpr int kTileRows = rows, kTileColumns = columns;
+  static constexpr int kNarrowSide = rows < columns ? rows : columns;
+  static constexpr int kRows = thread_rows, kColumns = thread_columns;
+  static constexpr int kAcross = columns / thread_columns, kDown = rows / thread_rows;
+  static constexpr int kThreads = kAcross * kDown;
   static constexpr int kBlocksPerUnit = blocks_per_unit;
   static constexpr int kLanes = 16 / sizeof(T);  // elements of 16 bytes
-  // One vector more than the tile: a warp that writes 8 positions of 4 rows meets every bank once.
-  static constexpr int kPitch = side / kLanes + 1;
-  // Threads cover a patch of (kPositionLanes positions, kFeatureLanes rows or columns) at once.
-  static constexpr int kFeatureLanes = side / kLanes;
-  static constexpr int kPositionLanes = kThreads / kFeatureLanes;
 };
+
+// The smallest number from `vectors` on that is `pad` more than a multiple of 8.
+__host__ __device__ constexpr int pitch(int vectors, int pad) {
+  return vectors + (8 + pad - vectors % 8) % 8;
+}
 
 // g, and x, are copied 16 bytes of consecutive rows, or columns, at a time, or by single elements.
 template <class Tile, bool g_vector, bool x_vector>
@@ -40,37 +43,50 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   constexpr int kLanes = Tile::kLanes;
   using Vector = Pack<T, kLanes>;
   constexpr int kCopiedRows = g_vector ? kLanes : 1, kCopiedColumns = x_vector ? kLanes : 1;
-  constexpr int kCopiesOfG = kLanes / kCopiedRows, kCopiesOfX = kLanes / kCopiedColumns;
-  constexpr int kPositionCopies = kSteps / Tile::kPositionLanes;
-  FF_SHARED(Vector, shared_g, [2][kSteps][Tile::kPitch]);
-  FF_SHARED(Vector, shared_x, [2][kSteps][Tile::kPitch]);
-  FF_SHARED(Column, columns, [Tile::kSide / kCopiedColumns]);
+  // Threads cover a patch of (kPositionLanes positions, kFeatureLanes pieces of rows or columns) at
+  // once. Of few pieces a thread has several at one position, for finding that takes longest; of
+  // single elements, neighbours have to be many for what they read to be whole lines of memory.
+  constexpr int kFeatureLanes =
+      g_vector && x_vector ? Tile::kThreads / kSteps : Tile::kNarrowSide / kLanes;
+  constexpr int kPositionLanes = Tile::kThreads / kFeatureLanes;
+  constexpr int kCopiesOfG = Tile::kTileRows / kCopiedRows / kFeatureLanes;
+  constexpr int kCopiesOfX = Tile::kTileColumns / kCopiedColumns / kFeatureLanes;
+  constexpr int kPositionCopies = kSteps / kPositionLanes;
+  static_assert(kPositionCopies * kPositionLanes == kSteps && kCopiesOfG > 0 && kCopiesOfX > 0);
+  // Rows of shared memory, in vectors. Eight lanes that write two positions, or lanes that write an
+  // element of 8 positions and 4 rows, meet every bank once.
+  constexpr int kPad = g_vector && x_vector ? kFeatureLanes % 8 : 1;
+  constexpr int kPitchOfG = pitch(Tile::kTileRows / kLanes, kPad);
+  constexpr int kPitchOfX = pitch(Tile::kTileColumns / kLanes, kPad);
+  FF_SHARED(Vector, shared_g, [2][kSteps][kPitchOfG]);
+  FF_SHARED(Vector, shared_x, [2][kSteps][kPitchOfX]);
+  FF_SHARED(Column, columns, [Tile::kTileColumns / kCopiedColumns]);
 
   const Problem& p = task.problem;
   const int positions = static_cast<int>(task.positions);
   const int thread = static_cast<int>(threadIdx.x);
   const auto column_tiles = static_cast<unsigned>(task.column_tiles);
   const auto row_tiles = static_cast<unsigned>(task.row_tiles);
-  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kSide;
-  const int first_row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * Tile::kSide;
+  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kTileColumns;
+  const int first_row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * Tile::kTileRows;
   const int64_t group = blockIdx.x / column_tiles / row_tiles;
   const int64_t first_sample = blockIdx.y * task.split_samples;
   const int64_t samples = min(task.split_samples, p.samples - first_sample);
 
-  for (int i = thread; i < Tile::kSide / kCopiedColumns; i += Tile::kThreads) {
+  for (int i = thread; i < Tile::kTileColumns / kCopiedColumns; i += Tile::kThreads) {
     columns[i] = column_of<T>(task, first_column + i * kCopiedColumns);
   }
   __syncthreads();
 
   // Neighbouring threads copy what neighbours in memory.
   const bool positions_fast = !g_vector && !x_vector && task.positions_fast;
-  const int feature = positions_fast ? thread / Tile::kPositionLanes : thread % Tile::kFeatureLanes;
-  const int lane = positions_fast ? thread % Tile::kPositionLanes : thread / Tile::kFeatureLanes;
+  const int feature = positions_fast ? thread / kPositionLanes : thread % kFeatureLanes;
+  const int lane = positions_fast ? thread % kPositionLanes : thread / kFeatureLanes;
   const T* g = static_cast<const T*>(task.g) + first_sample * p.g_stride[0] +
                (group * p.rows + first_row + feature * kCopiedRows) * p.g_stride[1];
   const T* x = static_cast<const T*>(task.x) + first_sample * p.x_stride[0] +
                group * p.columns * p.x_stride[1] + windows.x_first;
-  constexpr int kRow = Tile::kPitch * kLanes;
+  constexpr int kRowOfG = kPitchOfG * kLanes, kRowOfX = kPitchOfX * kLanes;
   T* const to_g = reinterpret_cast<T*>(shared_g[0][lane]) + feature * kCopiedRows;
   T* const to_x = reinterpret_cast<T*>(shared_x[0][lane]) + feature * kCopiedColumns;
   const int rows_left = static_cast<int>(p.rows) - first_row - feature * kCopiedRows;
@@ -81,7 +97,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     int rows[kPositionCopies];
 #pragma unroll
     for (int i = 0; i < kPositionCopies; ++i) {
-      const int at = copied + lane + i * Tile::kPositionLanes;
+      const int at = copied + lane + i * kPositionLanes;
       // Where no position is left, an address is that of the last one: it has to be aligned even if
       // nothing is read there.
       window[i] = window_at(p, windows, min(at, positions - 1), at < positions);
@@ -92,21 +108,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     // All before the first copy: ptxas separates reads of shared memory from copies to it.
     Column column[kCopiesOfX];
 #pragma unroll
-    for (int k = 0; k < kCopiesOfX; ++k) column[k] = columns[feature + k * Tile::kFeatureLanes];
+    for (int k = 0; k < kCopiesOfX; ++k) column[k] = columns[feature + k * kFeatureLanes];
 #pragma unroll
     for (int i = 0; i < kPositionCopies; ++i) {
-      const int to = (stage * kSteps + i * Tile::kPositionLanes) * kRow;
+      const int to = stage * kSteps + i * kPositionLanes;
 #pragma unroll
       for (int k = 0; k < kCopiesOfG; ++k) {
-        const int skipped = k * Tile::kFeatureLanes;
-        ff_cp_async<kCopiedRows * sizeof(T)>(
-            to_g + to + skipped, from_g[i] + skipped * p.g_stride[1], skipped < rows[i]);
+        const int skipped = k * kFeatureLanes * kCopiedRows;
+        ff_cp_async<kCopiedRows * sizeof(T)>(to_g + to * kRowOfG + skipped,
+                                             from_g[i] + (g_vector ? 1 : p.g_stride[1]) * skipped,
+                                             skipped < rows[i]);
       }
 #pragma unroll
       for (int k = 0; k < kCopiesOfX; ++k) {
-        ff_cp_async<kCopiedColumns * sizeof(T)>(to_x + to + k * Tile::kFeatureLanes,
-                                                offset_bytes(from_x[i], column[k].bytes),
-                                                in_image(p, window[i], column[k]));
+        ff_cp_async<kCopiedColumns * sizeof(T)>(
+            to_x + to * kRowOfX + k * kFeatureLanes * kCopiedColumns,
+            offset_bytes(from_x[i], column[k].bytes), in_image(p, window[i], column[k]));
       }
     }
     ff_cp_commit();
@@ -124,7 +141,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
   const int warp = thread / 32, in_warp = thread % 32;
   const int across = in_warp % 2 + in_warp / 4 % 4 * 2 + 8 * (warp % kWarpsAcross);
   const int down = in_warp / 2 % 2 + in_warp / 16 * 2 + 4 * (warp / kWarpsAcross);
-  constexpr int kDown = Tile::kThreads / Tile::kAcross;
   constexpr int kRowVectors = Tile::kRows / kLanes;
   constexpr int kColumnVectors = Tile::kColumns / kLanes;
 
@@ -155,11 +171,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
           Vector row[kRowVectors], column[kColumnVectors];
 #pragma unroll
           for (int k = 0; k < kRowVectors; ++k) {
-            row[k] = g_row[i * Tile::kPitch + k * kDown];
+            row[k] = g_row[i * kPitchOfG + k * Tile::kDown];
           }
 #pragma unroll
           for (int k = 0; k < kColumnVectors; ++k) {
-            column[k] = x_row[i * Tile::kPitch + k * Tile::kAcross];
+            column[k] = x_row[i * kPitchOfX + k * Tile::kAcross];
           }
 #pragma unroll
           for (int r = 0; r < Tile::kRows; ++r) {
@@ -169,8 +185,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
             }
           }
         }
-        g_row += kUnrolled * Tile::kPitch;
-        x_row += kUnrolled * Tile::kPitch;
+        g_row += kUnrolled * kPitchOfG;
+        x_row += kUnrolled * kPitchOfX;
       }
       stage ^= 1;
     }
@@ -190,7 +206,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerUnit)
     const OutColumns<kLanes, T> out(task, first);
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      const int row = first_row + (r / kLanes * kDown + down) * kLanes + r % kLanes;
+      const int row = first_row + (r / kLanes * Tile::kDown + down) * kLanes + r % kLanes;
       if (row >= p.rows) continue;
       const int64_t group_row = group * p.rows + row;
       if (task.splits > 1) {
@@ -218,21 +234,24 @@ int launch(const OuterTask& task, void* stream) {
   return launch_for<Tile, false, false>(task, stream);
 }
 
-template <typename Number, int side, int rows, int columns, int blocks>
-constexpr bool is(const OuterTile& offered, Tile<Number, side, rows, columns, blocks>) {
-  return offered.rows == side && offered.columns == side &&
-         offered.threads == Tile<Number, side, rows, columns, blocks>::kThreads;
+template <class Tile>
+constexpr bool is(const OuterTile& offered) {
+  return offered.rows == Tile::kTileRows && offered.columns == Tile::kTileColumns &&
+         offered.threads == Tile::kThreads;
 }
 
 // In the order of the plan's lists.
-using Large = Tile<float, 128, 8, 8, 1>;
-using Medium = Tile<float, 64, 8, 4, 4>;
-using Small = Tile<float, 32, 4, 4, 8>;
-using DoubleLarge = Tile<double, 64, 4, 4, 1>;
-using DoubleSmall = Tile<double, 32, 4, 4, 4>;
-static_assert(is(kSimtTiles[0], Large{}) && is(kSimtTiles[1], Medium{}) &&
-              is(kSimtTiles[2], Small{}));
-static_assert(is(kSimtDoubleTiles[0], DoubleLarge{}) && is(kSimtDoubleTiles[1], DoubleSmall{}));
+using Large = Tile<float, 128, 128, 8, 8, 1>;
+using Tall = Tile<float, 128, 64, 8, 8, 2>;
+using Medium = Tile<float, 64, 64, 8, 8, 4>;
+using Finer = Tile<float, 64, 64, 8, 4, 4>;
+using Small = Tile<float, 32, 32, 4, 4, 8>;
+using Flat = Tile<float, 16, 64, 4, 4, 8>;
+using DoubleLarge = Tile<double, 64, 64, 4, 4, 1>;
+using DoubleSmall = Tile<double, 32, 32, 4, 4, 4>;
+static_assert(is<Large>(kSimtTiles[0]) && is<Tall>(kSimtTiles[1]) && is<Medium>(kSimtTiles[2]) &&
+              is<Finer>(kSimtTiles[3]) && is<Small>(kSimtTiles[4]) && is<Flat>(kSimtTiles[5]));
+static_assert(is<DoubleLarge>(kSimtDoubleTiles[0]) && is<DoubleSmall>(kSimtDoubleTiles[1]));
 
 }  // namespace
 }  // namespace fastfisher::cuda
@@ -240,8 +259,11 @@ static_assert(is(kSimtDoubleTiles[0], DoubleLarge{}) && is(kSimtDoubleTiles[1], 
 extern "C" int ff_outer_simt_float(const fastfisher::cuda::OuterTask* task, void* stream) {
   using namespace fastfisher::cuda;
   if (task->tile == 0) return launch<Large>(*task, stream);
-  if (task->tile == 1) return launch<Medium>(*task, stream);
-  return launch<Small>(*task, stream);
+  if (task->tile == 1) return launch<Tall>(*task, stream);
+  if (task->tile == 2) return launch<Medium>(*task, stream);
+  if (task->tile == 3) return launch<Finer>(*task, stream);
+  if (task->tile == 4) return launch<Small>(*task, stream);
+  return launch<Flat>(*task, stream);
 }
 
 extern "C" int ff_outer_simt_double(const fastfisher::cuda::OuterTask* task, void* stream) {

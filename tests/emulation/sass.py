@@ -243,7 +243,8 @@ def ways(instructions: Sequence[Instruction]) -> list[dict[str, Counter[str]]]:
 
     The last entry is the kernel as a whole. Each leaves out the loops within it. Of all ways
     through the branches, ``"usual"`` is that of a full tile in the middle of its work: most
-    tensor-core products, then most copies of 16 bytes, most copies, fewest instructions.
+    tensor-core products, then most copies of 16 bytes (for the sums, of 8), most copies, fewest
+    instructions.
     ``"fullest"`` has most arithmetic after the tensor-core products: what else is done at the end
     of a sample, where that is a branch.
     """
@@ -285,7 +286,10 @@ def _way(
         if any(_within(loop, each.offset) for loop in inner):
             return (int(each.offset == through), 0, 0, 0, 0, 0)
         one = {each.opcode: 1}
-        wide = sum(matching(one, f"{opcode}.128") for opcode in ("LDG", "LDGSTS", "STG"))
+        wide = sum(
+            matching(one, pattern)
+            for pattern in ("LDG.128", "LDGSTS.128", "STG.128", "LDG.64", "STG.64")
+        )
         copies = matching(one, "LDG") + matching(one, "LDGSTS")
         extra = sum(matching(one, opcode) for opcode in arithmetic)
         return (0, matching(one, "HMMA"), extra, wide, copies, -1)

@@ -45,7 +45,7 @@ MUTANTS: list[Mutant] = [
         "rows past the last one read",
         _TILES,
         "at < positions ? rows_left : 0",
-        "at < positions ? Tile::kSide : 0",
+        "at < positions ? Tile::kTileRows : 0",
         "cucheck",
     ),
     _tiles(
@@ -65,7 +65,7 @@ MUTANTS: list[Mutant] = [
     _tiles(
         "a thread's rows taken for neighbours",
         _TILES,
-        "(r / kLanes * kDown + down)",
+        "(r / kLanes * Tile::kDown + down)",
         "(down * kRowVectors + r / kLanes)",
         "values",
     ),

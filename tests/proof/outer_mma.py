@@ -213,6 +213,9 @@ def _cases(precision: str) -> list[Case]:
         linear(3, 44, 72, 70, positions_innermost=True),
         linear(3, 34, 66, 129, positions_innermost=True, power=1),
         linear(2, 36, 130, 136, transposed_out=True),
+        # The large tile, full and with a rest, both ways round in memory.
+        linear(1, 40, 256, 128),
+        linear(2, 21, 250, 253, positions_innermost=True),
         linear(0, 4, 5, 6),
         linear(2, 0, 5, 6),
         linear(2, 3, 0, 6),

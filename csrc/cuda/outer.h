@@ -11,8 +11,8 @@ constexpr OuterTile kSimtTiles[] = {{128, 128, 256, 1.0}, {128, 64, 128, 1.01}, 
 constexpr OuterTile kSimtDoubleTiles[] = {{64, 64, 256, 1.0}, {32, 32, 64, 1.1}};
 constexpr OuterKernel kSimtKernel{4, 4, 2, 12, 96}, kSimtDoubleKernel{8, 4, 2, 12, 48};
 // Of both kernels on tensor cores.
-constexpr OuterTile kMmaTiles[] = {{128, 128, 256, 1.0}, {64, 64, 128, 1.2}};
-constexpr OuterKernel kMmaBfloat16Kernel{2, 16, 12, 120, 1024}, kMmaTf32Kernel{4, 8, 6, 60, 512};
+constexpr OuterTile kMmaTiles[] = {{128, 128, 256, 1.0}, {64, 64, 128, 1.6}};
+constexpr OuterKernel kMmaBfloat16Kernel{2, 16, 4, 100, 840}, kMmaTf32Kernel{4, 8, 2, 50, 420};
 
 }  // namespace fastfisher::cuda
 

@@ -58,7 +58,7 @@ MUTANTS: list[Mutant] = [
     _tiles(
         "samples' products added before they are squared",
         _TILES,
-        "        product[r][c] = 0;\n",
+        "    for_all([&](int r, int c) { product[r][c] = 0; });\n",
         "",
         "values",
     ),

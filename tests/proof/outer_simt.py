@@ -178,7 +178,7 @@ _LINEAR = [
     linear((2, 20, 36, 40), "longer lines of out", out=Layout(gap=4)),
     linear((12, 20, 36, 40), "every second of out, splits", out=Layout(step=2)),
     # Strides past 2**31 elements.
-    linear((2, 3, 33, 4), "far samples", grad=Layout(far=True), x=Layout(far=True)),
+    linear((3, 3, 33, 4), "far samples", grad=Layout(far=True), x=Layout(far=True)),
     linear((2, 2, 33, 4), "far positions", grad=Layout((1, 0, 2), far=True)),
     linear((2, 2, 4, 36), "far positions", x=Layout((1, 0, 2), far=True)),
     linear((2, 3, 2, 36), "far rows", grad=Layout((2, 0, 1), far=True)),

@@ -263,11 +263,8 @@ def test_a_model_whose_channels_cannot_be_told_is_refused(case: str, method: str
 # Activations.
 
 
-def response(model: nn.Module, name: str, image: Tensor) -> Tensor:
-    """ReLU(norm(layer)) of one image, averaged over positions; by hand where features are shared.
-
-    The norm that follows is always the module called next, but in the dense net.
-    """
+def outputs_of(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What each module gives for one image."""
     caught: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(
@@ -279,6 +276,14 @@ def response(model: nn.Module, name: str, image: Tensor) -> Tensor:
     model(image[None])
     for handle in handles:
         handle.remove()
+    return caught
+
+
+def response(model: nn.Module, name: str, caught: dict[str, Tensor]) -> Tensor:
+    """ReLU(norm(layer)) of one image, averaged over positions; by hand where features are shared.
+
+    The norm that follows is always the module called next, but in the dense net.
+    """
     modules = dict(model.named_modules())
     output = caught[name]
     if isinstance(model, DenseNet):
@@ -335,8 +340,9 @@ def test_activation_mask_equals_one_image_at_a_time(
         if dataset is not None:
             # The authors divide by the number of batches, here of 4.
             count = math.ceil(len(dataset) / 4) if definition == "authors" else len(dataset)
+            seen = [outputs_of(model, image) for image, _ in dataset]
             for layer in layers:
-                total = sum(response(model, layer.name, image) for image, _ in dataset)
+                total = sum(response(model, layer.name, caught) for caught in seen)
                 old = scores.get(layer.name, torch.zeros(layer.channels).double())
                 scores[layer.name] = old + sign * total / count
     before = state(model)
@@ -372,7 +378,7 @@ def test_a_channel_that_is_masked_whole_is_silent_and_by_the_paper_it_is_not() -
         )
         chosen = mask.as_dict()["4.weight"].flatten(1).any(1)
         assert chosen.any()
-        assert bool((response(model, "4", image)[chosen] == 0).all()) == silent
+        assert bool((response(model, "4", outputs_of(model, image))[chosen] == 0).all()) == silent
 
 
 def test_methods_share_one_remembered_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,7 +589,7 @@ def test_attributions_add_up_to_the_difference_of_the_logits() -> None:
     )
     images, labels = forget.tensors
     difference = model(images) - model(torch.zeros_like(images))
-    expected = float(difference.gather(1, labels[:, None]).sum())
+    expected = difference.gather(1, labels[:, None]).sum().item()
     # Means over positions, of which the layers have 64, 16 and 4.
     for layer, places in zip(layers, (64, 16, 4), strict=True):
         assert float(got[layer.name].sum()) * places == pytest.approx(expected, rel=0.02)

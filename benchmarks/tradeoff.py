@@ -42,6 +42,7 @@ from fastfisher.fisher_diag import FisherDiag, fisher_diag
 from fastfisher.masking import plan_masks
 from fastfisher.models import build
 from fastfisher.unlearning import Candidate, TrainRecipe, accuracy, search_mask, train
+from fastfisher.unlearning.metrics import accuracy_and_loss
 from fastfisher.unlearning.search import RATIOS, choose, hold_out
 
 HELD_FORGET, HELD_REMAIN = 300, 1000
@@ -171,11 +172,12 @@ def _masks_of_class(
         for plan in plan_masks(model, *fishers, ratios=RATIOS, remain_weight=weight):
             mask = plan.apply_()
             try:
-                forget, remain = (accuracy(model, part) for part in held_batches)
+                forget = accuracy(model, held_batches[0])
+                remain, loss = accuracy_and_loss(model, held_batches[1])
             finally:
                 mask.undo_(model)
             found.append(
-                Candidate(weight, plan.ratio, "parameter", "global", mask.k, forget, remain)
+                Candidate(weight, plan.ratio, "parameter", "global", mask.k, forget, remain, loss)
             )
         return choose(found, MAX_FORGET, TIE)
 

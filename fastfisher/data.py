@@ -220,6 +220,25 @@ def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     return Subset(dataset, cast("list[int]", indices.tolist()))
 
 
+def stratified(targets: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw samples at random, each class in proportion to its size.
+
+    Args:
+        targets: labels, ``[N]``.
+        count: how many, 0 to N.
+        generator: source of the draw, on the CPU.
+
+    Returns:
+        Their positions, ``[count]`` int64, ascending.
+    """
+    total = len(targets)
+    shuffled = torch.randperm(total, generator=generator)
+    by_class = shuffled[targets[shuffled].argsort(stable=True)]
+    # Evenly spaced positions in an order by class meet each class in proportion to its size.
+    positions = (torch.arange(count) * 2 + 1) * total // (2 * count)
+    return by_class[positions].sort().values
+
+
 def split_forget(
     dataset: Dataset[Any],
     *,

@@ -22,7 +22,7 @@ from fastfisher.data import load_dataset, size_of, targets_of
 from fastfisher.experiments.engine import Setting, run_all
 from fastfisher.experiments.plan import Task, plan
 from fastfisher.experiments.recipe import Recipe, load_recipe, recipe_names
-from fastfisher.experiments.views import stratified, view_of
+from fastfisher.experiments.views import part_of, view_of
 
 TINY = """
 title = "a test"
@@ -218,10 +218,10 @@ def test_the_samples_of_a_class_and_of_outliers(recipe_file: Path, tmp_path: Pat
 
 def test_a_stratified_part_has_each_class_in_proportion() -> None:
     digits = load_dataset("digits").train
-    part = stratified(digits, 100, seed=3)
+    part = part_of(digits, 100, seed=3)
     counts = targets_of(part).bincount(minlength=10)
     assert size_of(part) == 100 and counts.min() >= 9 and counts.max() <= 11
-    assert stratified(digits, 10**6, seed=3) is digits
+    assert part_of(digits, 10**6, seed=3) is digits
 
 
 LOG = "log.txt"

@@ -208,9 +208,10 @@ def test_the_search_is_a_grid_with_the_choice_in_a_frame() -> None:
         (1, 0.1): (0.0, 0.4),
     }
     made = {
-        pair: Candidate(*pair, "parameter", "layer", 1, *found) for pair, found in measured.items()
+        pair: Candidate(*pair, "parameter", "layer", 1, *found, 0.5)
+        for pair, found in measured.items()
     }
-    other = Candidate(3, 0.2, "kernel", "layer", 1, 0.25, 0.99)
+    other = Candidate(3, 0.2, "kernel", "layer", 1, 0.25, 0.99, 0.1)
     found = Search((*made.values(), other), (made[2, 0.01], other), made[2, 0.01], 60, 300, 1000)
     result.search = found.to_dict()
     text = page(result)

@@ -704,8 +704,8 @@ def test_search_restores_the_model_when_it_is_interrupted(
     assert same(state(task.model), before)
 
 
-def candidate(w: float, ratio: float, forget: float, remain: float) -> Candidate:
-    return Candidate(w, ratio, "parameter", "global", 1, forget, remain)
+def candidate(w: float, ratio: float, forget: float, remain: float, loss: float = 0.0) -> Candidate:
+    return Candidate(w, ratio, "parameter", "global", 1, forget, remain, loss)
 
 
 @pytest.mark.parametrize(
@@ -713,14 +713,14 @@ def candidate(w: float, ratio: float, forget: float, remain: float) -> Candidate
     [
         # The largest remain accuracy of those that forget.
         ([(1, 0.1, 0.0, 0.80), (2, 0.1, 0.005, 0.90), (3, 0.1, 0.006, 0.99)], 1),
-        # Within a tenth of a point: the lower forget accuracy,
-        ([(1, 0.1, 0.004, 0.9005), (2, 0.1, 0.0, 0.9)], 1),
+        # Within a tenth of a point: the smaller loss,
+        ([(1, 0.1, 0.0, 0.9005, 0.4), (2, 0.1, 0.004, 0.9, 0.3)], 1),
         # then the smaller w,
         ([(2, 0.1, 0.0, 0.9005), (1, 0.2, 0.0, 0.9)], 1),
         # then the smaller R.
         ([(1, 0.2, 0.0, 0.9005), (1, 0.1, 0.0, 0.9)], 1),
         # Two tenths of a point are no tie.
-        ([(1, 0.1, 0.0, 0.9), (2, 0.1, 0.004, 0.902)], 1),
+        ([(1, 0.1, 0.0, 0.9, 0.1), (2, 0.1, 0.004, 0.902, 0.2)], 1),
         # Nothing forgets: the largest difference.
         ([(1, 0.1, 0.5, 0.9), (2, 0.1, 0.1, 0.6), (3, 0.1, 0.9, 0.95)], 1),
     ],

@@ -31,7 +31,7 @@ from . import audit, measure
 from .audit import OUTPUTS
 from .engine import Setting
 from .plan import Task
-from .views import View, stratified, view_of
+from .views import View, part_of, view_of
 
 # Of the remain set, whose whole is not needed to see how a model treats its training data.
 _REMAIN_SAMPLES = 2000
@@ -138,7 +138,7 @@ def _unlearn(task: Task, setting: Setting) -> dict[str, Any]:
     if samples == 0:
         remain = None
     elif samples is not None:
-        remain = stratified(view.remain, samples, seed=params["seed"])
+        remain = part_of(view.remain, samples, seed=params["seed"])
     recipe = TrainRecipe.from_dict(params["train"])
     history: list[dict[str, Any]] = []
     scores = Scores(setting.folder / "scores")
@@ -232,7 +232,7 @@ def all_outputs(
     """What a model says of the sets that metrics look at."""
     sets = {
         "train_forget": view.forget,
-        "train_remain": stratified(view.remain, _REMAIN_SAMPLES, seed=0),
+        "train_remain": part_of(view.remain, _REMAIN_SAMPLES, seed=0),
         "test_forget": view.test_forget,
         "test_remain": view.test_remain,
         **(extra or {}),

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from ..data import DataBundle, batches, load_dataset, size_of, split_forget, subset, targets_of
+from ..data import (
+    DataBundle,
+    batches,
+    load_dataset,
+    size_of,
+    split_forget,
+    stratified,
+    subset,
+    targets_of,
+)
 from .engine import Setting
 
 _BATCH = 1024
@@ -103,10 +112,10 @@ def _bundle(data: str, data_root: Path | None, download: bool) -> DataBundle:
 def _part(dataset: Dataset[Any], count: int, name: str) -> Dataset[Any]:
     if count > size_of(dataset):
         raise ValueError(f"{name}: there are {size_of(dataset)} samples, not {count}")
-    return stratified(dataset, count, seed=0) if count else dataset
+    return part_of(dataset, count, seed=0) if count else dataset
 
 
-def stratified(dataset: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
+def part_of(dataset: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     """Samples drawn at random, each class in proportion, in the data set's order.
 
     Args:
@@ -114,11 +123,7 @@ def stratified(dataset: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
         count: how many; all of them where there are no more.
         seed: of the draw.
     """
-    total = size_of(dataset)
-    if count >= total:
+    if count >= size_of(dataset):
         return dataset
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[targets_of(dataset)[shuffled].argsort(stable=True)]
-    # Evenly spaced positions in an order by class meet each class in proportion to its size.
-    positions = (torch.arange(count) * 2 + 1) * total // (2 * count)
-    return subset(dataset, by_class[positions].sort().values)
+    generator = torch.Generator().manual_seed(seed)
+    return subset(dataset, stratified(targets_of(dataset), count, generator))

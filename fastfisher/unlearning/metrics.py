@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -23,7 +24,23 @@ def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
         ValueError: there are no samples, the outputs are not ``[B, C]``, or a target is not in
             ``0 .. C - 1``.
     """
+    return accuracy_and_loss(model, data)[0]
+
+
+def accuracy_and_loss(
+    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """:func:`accuracy`, and the mean cross entropy in nats, of one pass.
+
+    Args:
+        model: as of :func:`accuracy`.
+        data: as of :func:`accuracy`.
+
+    Raises:
+        ValueError: as :func:`accuracy`.
+    """
     correct = total = 0
+    loss = 0.0
     device = device_of(model)
     with evaluating(model):
         for inputs, targets in data:
@@ -38,10 +55,11 @@ def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
             if bool(((targets < 0) | (targets >= classes)).any()):
                 raise ValueError(f"a target is not in 0..{classes - 1}")
             correct += int((outputs.argmax(1) == targets).sum())
+            loss += float(F.cross_entropy(outputs.float(), targets.long(), reduction="sum"))
             total += targets.numel()
     if total == 0:
         raise ValueError("data: expected at least one sample")
-    return correct / total
+    return correct / total, loss / total
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data import size_of, subset, targets_of
+from ..data import size_of, stratified, subset, targets_of
 from ..fisher_diag import FisherDiag
 from ..masking import Granularity, Scope, plan_masks
-from .metrics import accuracy
+from .metrics import accuracy, accuracy_and_loss
 
 REMAIN_WEIGHTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 RATIOS = (0.001, 0.002, 0.005, 0.01, 0.02)
@@ -44,6 +44,7 @@ class Candidate:
         k: units zeroed.
         forget: held-out accuracy on the forget set.
         remain: held-out accuracy on the remain set.
+        remain_loss: held-out mean cross entropy on the remain set.
     """
 
     remain_weight: float
@@ -53,6 +54,7 @@ class Candidate:
     k: int
     forget: float
     remain: float
+    remain_loss: float
 
     def to_dict(self) -> dict[str, Any]:
         """The candidate as JSON-able values; a scope of one's own by its import path."""
@@ -118,9 +120,10 @@ def search_mask(
     grid.
 
     Chosen is, of the candidates that keep at most ``max_forget`` of the forget set, the one with
-    the largest accuracy on the remain set; among those within ``tie`` of it the one with the lower
-    forget accuracy, then the smaller w, then the smaller R. If no candidate forgets that much, it
-    is the one with the largest difference of remain and forget accuracy.
+    the largest accuracy on the remain set; among those within ``tie`` of it, of which there are
+    many where a model gets all held-out images right, the one with the smallest loss on it, then
+    the smaller w, then the smaller R. If no candidate forgets that much, it is the one with the
+    largest difference of remain and forget accuracy.
 
     Args:
         model: masked in place and restored, bit for bit, for each candidate.
@@ -184,12 +187,13 @@ def search_mask(
         )
         mask = plan.apply_()
         try:
-            forget, remain = (accuracy(model, part) for part in held)
+            forget = accuracy(model, held[0])
+            remain, loss = accuracy_and_loss(model, held[1])
         finally:
             mask.undo_(model)
         bar.update(1)
         candidate = Candidate(
-            weight, setting.ratio, setting.granularity, setting.scope, mask.k, forget, remain
+            weight, setting.ratio, setting.granularity, setting.scope, mask.k, forget, remain, loss
         )
         found[setting][weight] = candidate
         return candidate
@@ -249,7 +253,7 @@ def choose(candidates: Sequence[Candidate], max_forget: float, tie: float) -> Ca
         return max(candidates, key=lambda c: c.remain - c.forget)
     best = max(c.remain for c in forgotten)
     tied = [c for c in forgotten if c.remain >= best - tie]
-    return min(tied, key=lambda c: (c.forget, c.remain_weight, c.ratio))
+    return min(tied, key=lambda c: (c.remain_loss, c.remain_weight, c.ratio))
 
 
 def pareto(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -295,10 +299,6 @@ def hold_out(
     if total < 2:
         raise ValueError(f"expected at least 2 samples to hold one out, got {total}")
     count = min(cap, max(total // 10, 50), total // 2)
-    shuffled = torch.randperm(total, generator=generator)
-    by_class = shuffled[targets_of(dataset)[shuffled].argsort(stable=True)]
-    # Evenly spaced positions in an order by class meet each class in proportion to its size.
-    positions = (torch.arange(count) * 2 + 1) * total // (2 * count)
     held = torch.zeros(total, dtype=torch.bool)
-    held[by_class[positions]] = True
+    held[stratified(targets_of(dataset), count, generator)] = True
     return subset(dataset, (~held).nonzero()[:, 0]), subset(dataset, held.nonzero()[:, 0])

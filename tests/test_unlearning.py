@@ -654,12 +654,12 @@ def fake_search(
         seen.append(remain_weight)
         return [Plan()]
 
-    def measured(_: nn.Module, part: list[Any]) -> float:
-        weight = seen[-1]
-        return forget(weight) if len(part) == 1 else 1 - 1 / (1 + weight)
+    def remain(*_: Any) -> tuple[float, float]:
+        return 1 - 1 / (1 + seen[-1]), 1 / seen[-1]
 
     monkeypatch.setattr(search_module, "plan_masks", plan)
-    monkeypatch.setattr(search_module, "accuracy", measured)
+    monkeypatch.setattr(search_module, "accuracy", lambda *_: forget(seen[-1]))
+    monkeypatch.setattr(search_module, "accuracy_and_loss", remain)
     fisher: Any = SimpleNamespace(reduction="mean", samples=1)
     batch = torch.zeros(1, 1), torch.zeros(1)
     found = search_mask(

@@ -11,6 +11,7 @@ from .. import __version__
 from ..data import size_of
 from ..doctor import environment
 from ..runs import write_json
+from ..unlearning import methods
 from . import measure
 from .audit import OUTPUTS
 from .engine import Setting, run_all
@@ -99,7 +100,10 @@ def summarise(recipe: Recipe, planned: Plan, setting: Setting, command: str) -> 
             {
                 "label": entry.label,
                 "method": entry.method,
-                "definition": entry.options.get("definition"),
+                # Also where it is the method's default.
+                "definition": getattr(
+                    methods()[entry.method].options(entry.options), "definition", None
+                ),
                 "options": entry.options,
                 "masks": entry.method.endswith("-mask"),
                 "control": entry.control,

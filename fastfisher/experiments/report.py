@@ -155,8 +155,8 @@ def _curves(summary: Summary) -> list[Section]:
     sets = [
         (
             "Accuracy per epoch (as Figure 2)",
-            "Mean over the seeds: of the original model, right after masking, and after each epoch. "
-            "The vertical axes differ: each spans the values it shows.",
+            "Mean over the seeds: of the original model, right after masking, and after each "
+            "epoch. The vertical axes differ: each spans the values it shows.",
             [name for name in present if name not in others],
             _PARTS,
         ),
@@ -298,8 +298,8 @@ def _confusion(summary: Summary) -> list[Section]:
     scale = max(abs(v) for shift in kept.values() for row in shift for v in row) or 1.0
     names = [classes[i] for i in shown]
     text = (
-        "Rows: the true class of test images. Columns: what is predicted. Orange: more often than by "
-        f"the retrained models; blue: less often. The full colour is {100 * scale:.1f} points."
+        "Rows: the true class of test images. Columns: what is predicted. Orange: more often than "
+        f"by the retrained models; blue: less often. The full colour is {100 * scale:.1f} points."
     )
     if len(shown) < len(classes):
         text += f" Shown: the {len(shown)} of {len(classes)} classes that moved most."

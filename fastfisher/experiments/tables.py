@@ -142,7 +142,8 @@ def headline(summary: Summary) -> str:
     found = Counter(verdict.agrees for verdict in verdicts(summary))
     return text + (
         f" Of {len(CLAIMS)} claims of the paper {found['yes']} agree with what was measured here, "
-        f"{found['partly']} partly, {found['no']} do not; {found['not measured']} were not measured."
+        f"{found['partly']} partly, {found['no']} do not; {found['not measured']} were not "
+        "measured."
     )
 
 
@@ -191,9 +192,9 @@ def _tuned(summary: Summary) -> Section | None:
     body += [line(name, rows(summary, REMOVE_CLASS, name), "final", True) for name in present]
     return Section(
         "After the whole method, beside the retrained models",
-        "Accuracy in percent, mean ± spread over the seeds. Forget: what was to be removed. Remain: "
-        f"everything else. Gap: points above the mean of the retrained models; {NEAR} marks a gap "
-        "no larger than the spread of the retrained models. Closer to 0 is better, in both.",
+        "Accuracy in percent, mean ± spread over the seeds. Forget: what was to be removed. "
+        f"Remain: everything else. Gap: points above the mean of the retrained models; {NEAR} marks "
+        "a gap no larger than the spread of the retrained models. Closer to 0 is better, in both.",
         Table(
             ("method", "forget, test", "gap", "remain, test", "gap", "forget, train",
              "remain, train"),
@@ -380,8 +381,8 @@ def _metrics(summary: Summary) -> Section | None:
     ]
     return Section(
         "All metrics",
-        "Of the model at the end. Accuracies, the average gap and the rates of membership inference "
-        "(MIA) are in percent; JS: Jensen-Shannon divergence to the retrained models.",
+        "Of the model at the end. Accuracies, the average gap and the rates of membership "
+        "inference (MIA) are in percent; JS: Jensen-Shannon divergence to the retrained models.",
         Table(("method", *(_metric(key).head for key in keys)), body),
     )
 
@@ -404,8 +405,8 @@ def _gaps(summary: Summary) -> Section | None:
     ]
     return Section(
         "Gap of every metric to the retrained models",
-        "Mean of the method minus mean of the retrained models, shares in points. The first line is "
-        f"the spread of the retrained models among themselves; {NEAR} marks a gap no larger.",
+        "Mean of the method minus mean of the retrained models, shares in points. The first line "
+        f"is the spread of the retrained models among themselves; {NEAR} marks a gap no larger.",
         Table(
             ("method", *(_metric(key).head for key in keys)),
             [["spread of Retrain", *spread], *body],
@@ -499,8 +500,8 @@ def _methods(summary: Summary) -> Section | None:
     ]
     return Section(
         "Methods and definitions",
-        "Paper: of the paper. Beyond: added here. Control: a trivial edit, which shows what a metric "
-        "cannot see. Definition: whose reading of the method, where there are several.",
+        "Paper: of the paper. Beyond: added here. Control: a trivial edit, which shows what a "
+        "metric cannot see. Definition: whose reading of the method, where there are several.",
         Table(("label", "method", "definition", "part", "options"), body, {}, frozenset({4})),
     )
 

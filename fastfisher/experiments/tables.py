@@ -193,8 +193,8 @@ def _tuned(summary: Summary) -> Section | None:
     return Section(
         "After the whole method, beside the retrained models",
         "Accuracy in percent, mean ± spread over the seeds. Forget: what was to be removed. "
-        f"Remain: everything else. Gap: points above the mean of the retrained models; {NEAR} marks "
-        "a gap no larger than the spread of the retrained models. Closer to 0 is better, in both.",
+        f"Remain: everything else. Gap: points above the mean of the retrained models; {NEAR} "
+        "marks a gap no larger than the spread of the retrained models. Closer to 0 is better, in both.",
         Table(
             ("method", "forget, test", "gap", "remain, test", "gap", "forget, train",
              "remain, train"),

@@ -681,10 +681,14 @@ def _outlier_fisher(view: View) -> Verdict:
     for setting in view.at(_OUTLIERS, "share"):
         for metric, name in _CRITERIA:
             found = _outliers(view, setting, metric)
-            told.append(f"{setting['share']:.0%} {name}: {listed(found.items())}")
+            ranked = sorted(found.items(), key=lambda item: -item[1].mean)
+            best = next((item for item in ranked if item[0] != label), None)
+            pair = [(label, found[label]), *([best] if best else [])]
+            told.append(f"{setting['share']:.0%} {name}: {listed(pair)}")
             parts.append(leads(label, found))
     return Verdict(
-        f"{'; '.join(told)}. Yes: {label} is first everywhere by more than the spread.",
+        f"Beside the best other method, {'; '.join(told)}. Yes: {label} is first everywhere by "
+        "more than the spread.",
         all_of(parts),
     )
 

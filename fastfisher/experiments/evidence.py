@@ -162,7 +162,7 @@ class View:
 
 def show(found: Stat, unit: str = "%") -> str:
     """A share as percent with its spread."""
-    spread = "" if found.spread is None else f" ± {100 * found.spread:.1f}"
+    spread = "" if found.spread is None else f"\u00a0±\u00a0{100 * found.spread:.1f}"
     return f"{100 * found.mean:.1f}{unit}{spread}"
 
 

@@ -73,20 +73,28 @@ def written(found: Stat | None, kind: Kind = "share", digits: int = 1) -> str:
     """A mean with its spread; it says so where some seeds lack the value."""
     if found is None:
         return NONE
-    if kind == "share":
-        text = f"{100 * found.mean:.{digits}f}"
-        spread = None if found.spread is None else f"{100 * found.spread:.{digits}f}"
+    if kind == "number":
+        factor, digits = 1, _decimals(found.mean)
     else:
-        text = number(found.mean, 3)
-        spread = None if found.spread is None else number(found.spread, 2)
-    text = text if spread is None else f"{text} ± {spread}"
+        factor = 100
+    text = f"{factor * found.mean:.{digits}f}"
+    if found.spread is not None:
+        text += f" ± {factor * found.spread:.{digits}f}"
     return text if found.count == found.rows else f"{text} ({found.count} of {found.rows})"
+
+
+def _decimals(value: float) -> int:
+    return 3 if abs(value) < 10 else 1
 
 
 def _gap(found: Gap | None, kind: Kind = "share") -> str:
     if found is None:
         return NONE
-    text = f"{100 * found.difference:+.1f}" if kind == "share" else f"{found.difference:+.3g}"
+    text = (
+        f"{100 * found.difference:+.1f}"
+        if kind == "share"
+        else f"{found.difference:+.{_decimals(found.difference)}f}"
+    )
     return f"{NEAR} {text}" if found.inside else text
 
 
@@ -141,9 +149,9 @@ def headline(summary: Summary) -> str:
         )
     found = Counter(verdict.agrees for verdict in verdicts(summary))
     return text + (
-        f" Of {len(CLAIMS)} claims of the paper {found['yes']} agree with what was measured here, "
-        f"{found['partly']} partly, {found['no']} do not; {found['not measured']} were not "
-        "measured."
+        f" Of {len(CLAIMS)} claims of the paper, {found['yes']} agree with what was measured "
+        f"here, {found['partly']} agree partly, {found['no']} do not, and "
+        f"{found['not measured']} were not measured."
     )
 
 
@@ -186,7 +194,7 @@ def _tuned(summary: Summary) -> Section | None:
                 cells.append(_gap(gap(found, retrained)))
         return cells
 
-    body = [line(ORIGINAL, rows(summary, REMOVE_CLASS), "original", True)]
+    body = [line(ORIGINAL, _originals(summary, REMOVE_CLASS), "original", True)]
     if retrained := reference_rows(summary, REMOVE_CLASS):
         body.append(line(RETRAIN, retrained, "final", False))
     body += [line(name, rows(summary, REMOVE_CLASS, name), "final", True) for name in present]
@@ -194,13 +202,19 @@ def _tuned(summary: Summary) -> Section | None:
         "After the whole method, beside the retrained models",
         "Accuracy in percent, mean ± spread over the seeds. Forget: what was to be removed. "
         f"Remain: everything else. Gap: points above the mean of the retrained models; {NEAR} "
-        "marks a gap no larger than the spread of the retrained models. Closer to 0 is better, in both.",
+        "marks a gap no larger than the spread of the retrained models. Closer to 0 is better, in "
+        "both.",
         Table(
             ("method", "forget, test", "gap", "remain, test", "gap", "forget, train",
              "remain, train"),
             body,
         ),
     )  # fmt: skip
+
+
+def _originals(summary: Summary, experiment: str, setting: Setting | None = None) -> list[Row]:
+    """One row a seed: all methods of a seed start from the same model."""
+    return list({row["seed"]: row for row in rows(summary, experiment, None, setting)}.values())
 
 
 def _masked(summary: Summary) -> Section | None:
@@ -245,7 +259,7 @@ def _outliers(summary: Summary) -> Section | None:
             ),
         ]
 
-    body = [line(ORIGINAL, [rows(summary, "outliers", None, s) for s in found], "original")]
+    body = [line(ORIGINAL, [_originals(summary, "outliers", s) for s in found], "original")]
     retrained = [reference_rows(summary, "outliers", setting) for setting in found]
     if any(retrained):
         body.append(line(RETRAIN, retrained, "final"))
@@ -290,12 +304,12 @@ def _limited(summary: Summary) -> Section | None:
     return Section(
         "With little remain data (as Figure 3)",
         "Both the scores and the fine-tuning see only so many samples of the remain set; with none "
-        "there is no fine-tuning. Test accuracy in percent.",
+        "there is no fine-tuning. Test accuracy in percent, before and after fine-tuning.",
         Table(heads, [[*line, *[NONE] * (len(heads) - len(line))] for line in body]),
     )
 
 
-_END_HEADS = ("forget, at first", "remain, at first", "forget, at the end", "remain, at the end")
+_END_HEADS = ("forget, before", "remain, before", "forget, after", "remain, after")
 
 
 def _ends(group: Sequence[Row], stages: Sequence[Stage] = ("start", "final")) -> list[str]:
@@ -320,9 +334,9 @@ def _ratios(summary: Summary) -> Section | None:
                 body.append(line)
     return Section(
         "Different ratios (as Figure 4)",
-        "R is the share of all units that the mask zeroes. Test accuracy in percent, right after "
-        "masking and after the last epoch; volatility: mean absolute change of the remain accuracy "
-        "from epoch to epoch, in points.",
+        "R is the share of all units that the mask zeroes. Test accuracy in percent, before and "
+        "after fine-tuning; volatility: mean absolute change of the remain accuracy from epoch to "
+        "epoch, in points.",
         Table(("method", "R", *_END_HEADS, "volatility"), body),
     )
 
@@ -357,7 +371,12 @@ def _schedules(summary: Summary) -> Section | None:
 def _keys(summary: Summary) -> list[str]:
     """Metrics that some final model of "remove-class" has, the known ones first."""
     every = [*reference_rows(summary, REMOVE_CLASS), *rows(summary, REMOVE_CLASS)]
-    there = {key: None for row in every for key, found in row["final"].items() if found is not None}
+    there = {
+        key: None
+        for row in every
+        for key, found in row["final"].items()
+        if isinstance(found, (int, float))
+    }
     return [key for key in _METRICS if key in there] + [k for k in there if k not in _METRICS]
 
 
@@ -473,17 +492,17 @@ _VERDICT_CLASSES = {"yes": "yes", "no": "no", "partly": "partly", "not measured"
 def _claims(summary: Summary) -> Section:
     found = verdicts(summary)
     body = [
-        [claim.section, claim.text, verdict.measured, verdict.agrees]
+        [claim.section, verdict.agrees, claim.text, verdict.measured]
         for claim, verdict in zip(CLAIMS, found, strict=True)
     ]
-    marks = {(i, 3): _VERDICT_CLASSES[verdict.agrees] for i, verdict in enumerate(found)}
+    marks = {(i, 1): _VERDICT_CLASSES[verdict.agrees] for i, verdict in enumerate(found)}
     return Section(
         "What the paper claims, and what was measured here",
         "Every claim of section 4 and of Figure 1, quoted or shortened, with the rule that judges "
         "it. The rules look at this recipe alone, and at the methods of the paper only. Where a "
         "claim ranks methods, the means decide, and a lead within the spread over the seeds counts "
         "as partly.",
-        Table(("section", "claim", "measured here", "agrees"), body, marks, frozenset({1, 2})),
+        Table(("section", "agrees", "claim", "measured here"), body, marks, frozenset({2, 3})),
     )
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
-COLOURS = 8
+COLOURS = 10
 SERIES_STYLES = 3 * COLOURS
 
 _Place = Callable[[float, float], tuple[float, float]]
@@ -39,7 +39,7 @@ _STAR = Markup(
 
 def _marker(style: int) -> Markup:
     """Series of the same colour differ in their marker."""
-    return _MARKERS[(style + style // COLOURS) % COLOURS]
+    return _MARKERS[(style + style // COLOURS) % len(_MARKERS)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .audit import OUTPUTS
 from .engine import Setting, run_all
 from .plan import Plan, Row, plan
 from .recipe import Recipe
-from .tasks import run_task
+from .tasks import OF_A_RUN, run_task
 from .views import view_of
 
 RECIPE, SUMMARY, REPORT, PAGE = "recipe.json", "summary.json", "report.html", "results.md"
@@ -123,18 +123,7 @@ def summarise(recipe: Recipe, planned: Plan, setting: Setting, command: str) -> 
 
 def _row(row: Row, setting: Setting) -> dict[str, Any]:
     found = setting.result(row.task)
-    names = (
-        "failed",
-        "history",
-        "original",
-        "edited",
-        "final",
-        "confusion_shift",
-        "chosen",
-        "search",
-        "mask",
-        "seconds",
-    )
+    names = ("failed", "history", *OF_A_RUN)
     described = {"method": row.label, "seed": row.seed, "setting": row.setting}
     return {**described, **{name: found[name] for name in names}}
 

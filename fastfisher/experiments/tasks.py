@@ -38,7 +38,7 @@ _REMAIN_SAMPLES = 2000
 
 
 # What a run of a method tells beside its history.
-_OF_A_RUN = (
+OF_A_RUN = (
     "original",
     "edited",
     "final",
@@ -167,7 +167,7 @@ def _unlearn(task: Task, setting: Setting) -> dict[str, Any]:
         )
     except FloatingPointError as error:
         # A method that diverges has failed here, and the others go on.
-        return {**dict.fromkeys(_OF_A_RUN), "history": history, "failed": str(error)}
+        return {**dict.fromkeys(OF_A_RUN), "history": history, "failed": str(error)}
     found = all_outputs(model, view, recipe, params["batch_size"])
     measure.save_outputs(setting.of(task) / OUTPUTS, found)
     final = measured(found)
